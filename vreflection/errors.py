@@ -1,0 +1,18 @@
+"""Errors a user can act on: each message names what was expected, what was got, and what to do."""
+
+
+class ConfigError(ValueError):
+    """A configuration file or flag holds an unknown key, a wrong type or an impossible combination."""
+
+
+class DataError(ValueError):
+    """A data row, image or box is unusable. `source` is `file:row` where known."""
+
+    def __init__(self, reason: str, message: str, source: str | None = None):
+        super().__init__(f"{source}: {message}" if source else message)
+        self.reason = reason
+        self.source = source
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is of the wrong stage or format, or lacks or mis-shapes tensors."""
