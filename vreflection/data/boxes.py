@@ -32,8 +32,9 @@ def window_token_rects(boxes: ArrayLike, grids_hw: ArrayLike, merge_size: int = 
         merge_size: patches per visual token and axis.
 
     Returns:
-        (B, 4) int64 `ty0, ty1, tx0, tx1`, end-exclusive, in visual tokens. A degenerate box (no area, inverted or
-        not finite) gives all zeros, an empty rectangle.
+        (B, 4) int64 `ty0, ty1, tx0, tx1`, end-exclusive, in visual tokens. Where the rule selects nothing (inverted
+        boxes, points on a token border) or the box is not finite, all zeros. The rule itself does not ask for an
+        area: a point inside a token selects that token, so validate with `check_boxes` first.
 
     Raises:
         ValueError: wrong shapes, or a grid that is not a positive multiple of `merge_size`.
@@ -50,15 +51,16 @@ def window_token_rects(boxes: ArrayLike, grids_hw: ArrayLike, merge_size: int = 
             f"expected patch grids that are positive multiples of {merge_size}, got {hw_B2.tolist()}; "
             "pass H, W in 14-px patches, not in visual tokens or pixels"
         )
-    alive_B = np.isfinite(boxes_B4).all(1) & (boxes_B4[:, 0] < boxes_B4[:, 2]) & (boxes_B4[:, 1] < boxes_B4[:, 3])
+    finite_B = np.isfinite(boxes_B4).all(1)
     # Coordinates beyond one image size change nothing after clamping; limiting them keeps the int64 cast defined.
-    safe_B4 = np.where(alive_B[:, None], boxes_B4.clip(-1.0, 2.0), 0.0)
+    safe_B4 = np.where(finite_B[:, None], boxes_B4.clip(-1.0, 2.0), 0.0)
     low_B2 = np.floor(safe_B4[:, 1::-1] * hw_B2).astype(np.int64).clip(0, hw_B2 - 1)  # [B, (y0, x0)]
     high_B2 = np.ceil(safe_B4[:, 3:1:-1] * hw_B2).astype(np.int64).clip(0, hw_B2)  # [B, (y1, x1)]
     rects_B4 = np.empty((len(boxes_B4), 4), dtype=np.int64)
     rects_B4[:, 0::2] = low_B2 // merge_size
     rects_B4[:, 1::2] = -(-high_B2 // merge_size)
-    rects_B4[~alive_B] = 0
+    empty_B = (rects_B4[:, 0] >= rects_B4[:, 1]) | (rects_B4[:, 2] >= rects_B4[:, 3])
+    rects_B4[empty_B | ~finite_B] = 0
     return rects_B4
 
 
@@ -71,7 +73,7 @@ def box_to_token_indices(box: Sequence[float], grid_thw: Sequence[int], merge_si
         merge_size: patches per visual token and axis.
 
     Returns:
-        Indices into the image's h * w visual tokens; empty for a degenerate box.
+        Indices into the image's h * w visual tokens; empty where the rule selects nothing.
 
     Raises:
         ValueError: wrong shapes or grid, or more than one frame.
