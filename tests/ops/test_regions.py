@@ -1,0 +1,71 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vreflection.ops import image_plan, roi_align, roi_plan, window_plan
+
+unit = st.floats(0, 1, allow_nan=False)
+
+
+def test_window_plan_indexes_the_boxes_own_image():
+    grids = [[2, 3], [4, 2]]
+    boxes = [[0.0, 0.0, 1 / 3, 0.5], [0.5, 0.25, 1.0, 0.75]]
+    plan = window_plan(14, grids, boxes, [0, 1])
+    keys = [plan.token_index_BN[b][plan.mask_BN[b]].tolist() for b in range(2)]
+    assert keys == [[0], [6 + 3, 6 + 5]]
+    assert plan.local_index_BN[1][plan.mask_BN[1]].tolist() == [3, 5]
+
+
+def test_image_plan_covers_each_image_once_and_no_neighbour():
+    plan = image_plan(10, [[2, 3], [1, 4]], [1, 0, 1])
+    keys = [plan.token_index_BN[b][plan.mask_BN[b]].tolist() for b in range(3)]
+    assert keys == [list(range(6, 10)), list(range(6)), list(range(6, 10))]
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 9), st.integers(1, 9), st.tuples(unit, unit, unit, unit), st.integers(1, 5), st.integers(0, 3))
+def test_roi_cells_are_averages_of_their_own_support(h, w, corners, cells, ratio):
+    x0, x1 = sorted(corners[:2])
+    y0, y1 = sorted(corners[2:])
+    plan = roi_plan(h * w, [[h, w]], [[x0, y0, x1, y1]], [0], cells, ratio, dtype=torch.float64)
+    total = plan.cell_weight_BCK.sum(-1)
+    # An adaptive grid takes no sample of a box without extent, as in torchvision.
+    if ratio > 0 or min(x1 - x0, y1 - y0) > 1e-6:
+        torch.testing.assert_close(total, torch.ones_like(total))
+    assert int(plan.cell_index_BCK.max()) < plan.num_keys
+    assert bool(plan.mask_BN.all())
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(1, 6), st.integers(1, 6), st.lists(st.tuples(unit, unit, unit, unit), min_size=1, max_size=3))
+def test_roi_align_equals_its_definition(h, w, corners):
+    boxes = [[min(a, b), min(c, d), max(a, b), max(c, d)] for a, b, c, d in corners]
+    tokens = torch.randn(2 * h * w, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    args = (tokens, [[h, w], [h, w]], boxes, np.arange(len(boxes)) % 2, 3)
+    torch.testing.assert_close(roi_align(*args), roi_align(*args, impl="reference"), rtol=0, atol=1e-12)
+
+
+def test_roi_align_without_boxes():
+    assert roi_align(torch.randn(6, 4), [[2, 3]], torch.zeros(0, 4), [], 7).shape == (0, 49, 4)
+    assert roi_align(torch.randn(6, 4), [[2, 3]], torch.zeros(0, 4), [], 7, impl="reference").shape == (0, 49, 4)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: window_plan(7, [[2, 3]], [[0, 0, 1, 1]], [0]), "need 6 packed rows, got 7"),
+        (lambda: window_plan(6, [[2, 3]], [[0, 0, 1, 1]], [1]), r"expected values in \[0, 1\)"),
+        (lambda: window_plan(6, [[2, 3]], [[0, 0, 1, 1]] * 2, [0]), "2 boxes, 1 image indices"),
+        (lambda: window_plan(6, [[2, 3]], [[0.5, 0.5, 0.2, 0.9]], [0]), r"boxes \[0\] cover no visual token"),
+        (lambda: window_plan(6, [[2, 3]], [[float("nan"), 0, 1, 1]], [0]), r"boxes \[0\] are not finite"),
+        (lambda: window_plan(6, [[0, 3]], [], []), "expected positive"),
+        (lambda: window_plan(6, [[2, 3]], [[0, 0, 1]], [0]), r"expected shape \(n, 4\)"),
+        (lambda: roi_plan(6, [[2, 3]], [[0, 0, 1, 1]], [0], 0), "output_size: expected at least 1"),
+        (lambda: roi_align(torch.randn(6, 2), [[2, 3]], [[0, 0, 1, 1]], [0], 2, impl="cuda"), "impl: expected one of"),
+    ],
+)
+def test_bad_geometry_is_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

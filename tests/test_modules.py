@@ -1,0 +1,158 @@
+import pytest
+import torch
+
+from vreflection.modules import BoxGuidedCompression, DynamicAutoregressiveCompression, default_num_heads
+
+GRIDS = torch.tensor([[4, 5], [1, 7], [6, 3]])
+BOXES = torch.tensor([[0.1, 0.1, 0.9, 0.6], [0.3, 0.0, 0.31, 1.0], [0.0, 0.0, 1.0, 1.0], [0.5, 0.5, 0.9, 0.99]])
+BOX_IMAGE = torch.tensor([0, 1, 2, 2])
+WIDTH, QUERIES = 12, 3
+
+
+def tokens(seed=0, dtype=torch.float64):
+    count = int(GRIDS.prod(dim=1).sum())
+    return torch.randn(count, WIDTH, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def teacher(region, impl="torch", heads=2):
+    torch.manual_seed(1)
+    module = BoxGuidedCompression(
+        WIDTH, QUERIES, heads, region=region, output_size=3, query_init_std=1.0, impl=impl
+    ).double()
+    torch.nn.init.normal_(module.cross_attn.in_proj_bias)
+    return module
+
+
+@pytest.mark.parametrize("region", ["window", "roi_align"])
+def test_absorbed_equals_reference_forward_and_backward(region):
+    results = []
+    for impl in ("torch", "reference"):
+        module, x = teacher(region, impl), tokens().requires_grad_()
+        latents, maps = module(x, GRIDS, BOXES, BOX_IMAGE, return_attention=True)
+        generator = torch.Generator().manual_seed(2)
+        loss = (latents * torch.randn(latents.shape, generator=generator, dtype=x.dtype)).sum()
+        loss = loss + sum((m * torch.randn(m.shape, generator=generator, dtype=x.dtype)).sum() for m in maps)
+        loss.backward()
+        results.append([latents, *maps, x.grad, *(p.grad for p in module.parameters())])
+    for absorbed, reference in zip(*results, strict=True):
+        torch.testing.assert_close(absorbed, reference, rtol=0, atol=1e-12)
+
+
+def test_student_absorbed_equals_reference():
+    probes = torch.randn(4, QUERIES, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    results = []
+    for impl in ("torch", "reference"):
+        torch.manual_seed(1)
+        module = DynamicAutoregressiveCompression(WIDTH, 2, impl=impl).double()
+        x, p = tokens().requires_grad_(), probes.clone().requires_grad_()
+        latents, maps = module(p, x, GRIDS, BOX_IMAGE, return_attention=True)
+        (latents.square().sum() + sum((m**2).sum() for m in maps)).backward()
+        results.append([latents, *maps, x.grad, p.grad, *(q.grad for q in module.parameters())])
+    for absorbed, reference in zip(*results, strict=True):
+        torch.testing.assert_close(absorbed, reference, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("region", ["window", "roi_align"])
+def test_gradcheck_teacher(region):
+    module = teacher(region)
+    names, values = zip(*module.named_parameters())
+
+    def run(x, *params):
+        latents, maps = torch.func.functional_call(
+            module, dict(zip(names, params)), (x, GRIDS[:2], BOXES[:2], BOX_IMAGE[:2], True)
+        )
+        return latents, *maps
+
+    x = tokens()[: int(GRIDS[:2].prod(1).sum())].requires_grad_()
+    assert torch.autograd.gradcheck(run, (x, *values), fast_mode=True)
+
+
+def test_gradcheck_student():
+    module = DynamicAutoregressiveCompression(WIDTH, 2).double()
+    names, values = zip(*module.named_parameters())
+    probes = torch.randn(2, QUERIES, WIDTH, dtype=torch.float64, requires_grad=True)
+
+    def run(p, x, *params):
+        latents, maps = torch.func.functional_call(
+            module, dict(zip(names, params)), (p, x, GRIDS[:2], BOX_IMAGE[:2], True)
+        )
+        return latents, *maps
+
+    x = tokens()[: int(GRIDS[:2].prod(1).sum())].requires_grad_()
+    assert torch.autograd.gradcheck(run, (probes, x, *values), fast_mode=True)
+
+
+@pytest.mark.parametrize("region", ["window", "roi_align"])
+def test_attention_rows_sum_to_one_inside_the_box_only(region):
+    _, maps = teacher(region)(tokens(), GRIDS, BOXES, BOX_IMAGE, return_attention=True)
+    for weights, image in zip(maps, BOX_IMAGE):
+        assert weights.shape == (QUERIES, *GRIDS[image].tolist())
+        torch.testing.assert_close(weights.sum((1, 2)), torch.ones(QUERIES, dtype=torch.float64))
+    # Box 3 of image 2 starts half way down and across: nothing above or left of it is looked at.
+    assert maps[3][:, :2].abs().max() == 0 and maps[3][:, :, 0].abs().max() == 0
+
+
+@pytest.mark.parametrize("region", ["window", "roi_align"])
+def test_one_box_never_sees_another_boxs_tokens(region):
+    module, clean = teacher(region), tokens()
+    poisoned = clean.clone()
+    poisoned[20:27] = float("nan")  # all of image 1
+    expected = module(clean, GRIDS, BOXES, BOX_IMAGE)
+    got = module(poisoned, GRIDS, BOXES, BOX_IMAGE)
+    assert got[1].isnan().all()
+    torch.testing.assert_close(got[[0, 2, 3]], expected[[0, 2, 3]], rtol=0, atol=0)
+
+
+def test_batch_of_boxes_equals_one_at_a_time():
+    module, x = teacher("window"), tokens()
+    together = module(x, GRIDS, BOXES, BOX_IMAGE)
+    for box in range(len(BOXES)):
+        alone = module(x, GRIDS, BOXES[box : box + 1], BOX_IMAGE[box : box + 1])
+        torch.testing.assert_close(alone[0], together[box], rtol=0, atol=1e-12)
+
+
+def test_no_boxes_and_non_contiguous_tokens():
+    module, x = teacher("window"), tokens()
+    assert module(x, GRIDS, torch.zeros(0, 4), []).shape == (0, QUERIES, WIDTH)
+    strided = torch.stack([x, x + 1], dim=-1)[..., 0]
+    assert not strided.is_contiguous()
+    torch.testing.assert_close(module(strided, GRIDS, BOXES, BOX_IMAGE), module(x, GRIDS, BOXES, BOX_IMAGE))
+
+
+def test_released_sizes_and_state_dict_keys():
+    with torch.device("meta"):
+        bcm, dac = BoxGuidedCompression(3584), DynamicAutoregressiveCompression(3584)
+    assert sum(p.numel() for p in bcm.parameters()) == 51_430_400
+    assert sum(p.numel() for p in dac.parameters()) == 51_401_728
+    assert bcm.num_heads == dac.num_heads == default_num_heads(3584) == 8
+    shared = [f"cross_attn.{n}" for n in ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")]
+    shared += ["output_norm.weight", "output_norm.bias"]
+    assert sorted(dac.state_dict()) == sorted(shared)
+    assert sorted(bcm.state_dict()) == sorted(["queries", *shared])
+
+
+def test_queries_are_initialised_explicitly():
+    torch.manual_seed(0)
+    assert abs(BoxGuidedCompression(512, 64).queries.std().item() - 0.02) < 1e-3
+    wide = BoxGuidedCompression(512, 64, query_init_std=1.0)
+    wide.reset_parameters()
+    assert abs(wide.queries.std().item() - 1.0) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: BoxGuidedCompression(12, num_heads=5), "expected a divisor of hidden_size 12, got 5"),
+        (lambda: BoxGuidedCompression(12, region="circle"), "region: expected one of"),
+        (lambda: BoxGuidedCompression(12, num_latents=0), "num_latents: expected at least 1"),
+        (lambda: BoxGuidedCompression(12, impl="fast"), "impl: expected one of"),
+        (lambda: teacher("window")(tokens()[:, :6], GRIDS, BOXES, BOX_IMAGE), r"expected packed \(T, 12\)"),
+        (
+            lambda: DynamicAutoregressiveCompression(12)(torch.zeros(2, 3, 12), tokens(), GRIDS, BOX_IMAGE),
+            r"probes: expected \(4, Q, 12\)",
+        ),
+    ],
+)
+def test_bad_arguments_are_named(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
