@@ -39,10 +39,10 @@ def window_token_rects(boxes: ArrayLike, grids_hw: ArrayLike, merge_size: int = 
     Raises:
         ValueError: wrong shapes, or a grid that is not a positive multiple of `merge_size`.
     """
-    boxes_B4 = np.asarray(boxes, dtype=np.float64)
+    boxes_B4: np.ndarray = np.asarray(boxes, dtype=np.float64)
     if boxes_B4.ndim != 2 or boxes_B4.shape[1] != 4:
         raise ValueError(f"expected boxes of shape (B, 4), got {boxes_B4.shape}; wrap a single box in a list")
-    grids = np.asarray(grids_hw, dtype=np.int64)
+    grids: np.ndarray = np.asarray(grids_hw, dtype=np.int64)
     if grids.ndim not in (1, 2) or grids.shape[-1] not in (2, 3):
         raise ValueError(f"expected grids of shape (B, 2), (B, 3), (2,) or (3,), got {grids.shape}")
     hw_B2 = np.broadcast_to(grids[..., -2:], (len(boxes_B4), 2))
@@ -100,7 +100,7 @@ def check_boxes(boxes: ArrayLike, source: str | None = None) -> tuple[np.ndarray
         DataError: `box-shape`, `box-nan` (NaN or infinite), `box-outside`, `box-inverted` or `box-empty`.
     """
     try:
-        boxes_n4 = np.array(boxes, dtype=np.float64)
+        boxes_n4: np.ndarray = np.array(boxes, dtype=np.float64)
     except (TypeError, ValueError, OverflowError):
         raise DataError(
             "box-shape", f"expected a list of four-number boxes, got {boxes!r}; {_FIX_ORDER}", source

@@ -124,7 +124,7 @@ def encode_sample(
 def encode_prompt(
     question: str,
     processor: SampleProcessor,
-    images: Sequence[Image.Image] = (),
+    images: Sequence[Image.Image | str | Path] = (),
     image_tokens: Sequence[ImageTokens] | None = None,
     *,
     max_length: int | None = None,
@@ -135,7 +135,7 @@ def encode_prompt(
     Args:
         question: user text; without any `<image>` placeholder the images are put in front of it.
         processor: tokenizer, image processor and token ids.
-        images: PIL images in the order of the placeholders; ignored when `image_tokens` is given.
+        images: PIL images or paths in the order of the placeholders; ignored when `image_tokens` is given.
         image_tokens: per image, features (N_i, D) and grid_thw computed earlier.
         max_length: longest accepted L in tokens.
         source: name used in error messages.
