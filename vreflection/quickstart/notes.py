@@ -49,7 +49,7 @@ ProgressCallback = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Note:
-    """One square note. `x`, `y`, `size` in pixels (multiples of 14); `digit_index` points into scikit-learn's digits."""
+    """One square note: `x`, `y`, `size` in pixels (multiples of 14), `digit_index` into the digits of scikit-learn."""
 
     colour: str
     digit: int

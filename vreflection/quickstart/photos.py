@@ -1,4 +1,4 @@
-"""The photographs behind the notes: files that scikit-learn and scikit-image carry in their wheels, never downloaded."""
+"""The photographs behind the notes: files from the scikit-learn and scikit-image wheels, never downloaded."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def load_photo(name: str) -> np.ndarray:
 
 
 def attributions(split: str | None = None) -> list[dict[str, str]]:
-    """Credits to print wherever crops are shown, one dict per photo: name, author, licence, source, split, bundled_in."""
+    """Credits to print wherever crops are shown: name, author, licence, source, split and bundled_in of each photo."""
     bundle = {"sklearn": "scikit-learn", "skimage": "scikit-image"}
     return [
         {
