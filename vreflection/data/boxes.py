@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from vreflection.errors import DataError
+from vreflection.ops import regions
+from vreflection.ops.regions import MERGE_SIZE
 
 # How far a coordinate may lie outside [0, 1] and still be read as rounding of the annotation: such boxes are clamped
 # and counted. Further out, the row most likely holds pixels or another image's box, so it is refused.
@@ -20,16 +22,16 @@ MIN_BOX_SIDE = 1e-9
 _FIX_ORDER = "write boxes as x0, y0, x1, y1 with x0 < x1 and y0 < y1"
 
 
-def window_token_rects(boxes: ArrayLike, grids_hw: ArrayLike, merge_size: int = 2) -> np.ndarray:
-    """Visual-token rectangle of each box under the window rule (method contract, section 3).
+def window_token_rects(boxes: ArrayLike, grids_hw: ArrayLike) -> np.ndarray:
+    """Visual-token rectangle of each box under the window rule, with checked arguments.
 
-    The box is widened to whole patches, then to whole visual tokens; coordinates outside the image are clamped.
+    The rule itself (`vreflection.ops.regions`) widens the box to whole patches, then to whole visual tokens, and
+    clamps what lies outside the image.
 
     Args:
         boxes: (B, 4) normalised x0, y0, x1, y1; computed in float64.
         grids_hw: (B, 2) or (2,) patch rows H and columns W of each box's image; a third leading column (a full
             `grid_thw`) is accepted and ignored.
-        merge_size: patches per visual token and axis.
 
     Returns:
         (B, 4) int64 `ty0, ty1, tx0, tx1`, end-exclusive, in visual tokens. Where the rule selects nothing (inverted
@@ -37,40 +39,33 @@ def window_token_rects(boxes: ArrayLike, grids_hw: ArrayLike, merge_size: int = 
         area: a point inside a token selects that token, so validate with `check_boxes` first.
 
     Raises:
-        ValueError: wrong shapes, or a grid that is not a positive multiple of `merge_size`.
+        ValueError: wrong shapes, or a grid that is not a positive multiple of the merge size.
     """
-    boxes_B4: np.ndarray = np.asarray(boxes, dtype=np.float64)
+    boxes_B4 = np.asarray(boxes, dtype=np.float64)
     if boxes_B4.ndim != 2 or boxes_B4.shape[1] != 4:
         raise ValueError(f"expected boxes of shape (B, 4), got {boxes_B4.shape}; wrap a single box in a list")
-    grids: np.ndarray = np.asarray(grids_hw, dtype=np.int64)
+    grids = np.asarray(grids_hw, dtype=np.int64)
     if grids.ndim not in (1, 2) or grids.shape[-1] not in (2, 3):
-        raise ValueError(f"expected grids of shape (B, 2), (B, 3), (2,) or (3,), got {grids.shape}")
+        raise ValueError(f"expected grids of shape (B, 2), (B, 3), (2,) or (3,), got {grids.shape}; pass H, W per box")
     hw_B2 = np.broadcast_to(grids[..., -2:], (len(boxes_B4), 2))
-    if (hw_B2 <= 0).any() or (hw_B2 % merge_size).any():
+    if (hw_B2 <= 0).any() or (hw_B2 % MERGE_SIZE).any():
         raise ValueError(
-            f"expected patch grids that are positive multiples of {merge_size}, got {hw_B2.tolist()}; "
+            f"expected patch grids that are positive multiples of {MERGE_SIZE}, got {hw_B2.tolist()}; "
             "pass H, W in 14-px patches, not in visual tokens or pixels"
         )
-    finite_B = np.isfinite(boxes_B4).all(1)
-    # Coordinates beyond one image size change nothing after clamping; limiting them keeps the int64 cast defined.
-    safe_B4 = np.where(finite_B[:, None], boxes_B4.clip(-1.0, 2.0), 0.0)
-    low_B2 = np.floor(safe_B4[:, 1::-1] * hw_B2).astype(np.int64).clip(0, hw_B2 - 1)  # [B, (y0, x0)]
-    high_B2 = np.ceil(safe_B4[:, 3:1:-1] * hw_B2).astype(np.int64).clip(0, hw_B2)  # [B, (y1, x1)]
-    rects_B4 = np.empty((len(boxes_B4), 4), dtype=np.int64)
-    rects_B4[:, 0::2] = low_B2 // merge_size
-    rects_B4[:, 1::2] = -(-high_B2 // merge_size)
+    finite_B = np.all(np.isfinite(boxes_B4), axis=1)
+    rects_B4 = regions.window_token_rects(np.where(finite_B[:, None], boxes_B4, 0.0), hw_B2)
     empty_B = (rects_B4[:, 0] >= rects_B4[:, 1]) | (rects_B4[:, 2] >= rects_B4[:, 3])
     rects_B4[empty_B | ~finite_B] = 0
     return rects_B4
 
 
-def box_to_token_indices(box: Sequence[float], grid_thw: Sequence[int], merge_size: int = 2) -> list[int]:
+def box_to_token_indices(box: Sequence[float], grid_thw: Sequence[int]) -> list[int]:
     """Row-major indices of the visual tokens a box covers within its own image, by the window rule.
 
     Args:
         box: normalised x0, y0, x1, y1.
         grid_thw: (1, H, W), the image's grid in 14-px patches.
-        merge_size: patches per visual token and axis.
 
     Returns:
         Indices into the image's h * w visual tokens; empty where the rule selects nothing.
@@ -81,8 +76,8 @@ def box_to_token_indices(box: Sequence[float], grid_thw: Sequence[int], merge_si
     frames, _, width = (int(value) for value in grid_thw)
     if frames != 1:
         raise ValueError(f"expected one frame (grid_thw[0] == 1), got {frames}; the window rule is for still images")
-    ty0, ty1, tx0, tx1 = window_token_rects([list(box)], list(grid_thw), merge_size)[0].tolist()
-    columns = width // merge_size
+    ty0, ty1, tx0, tx1 = window_token_rects([list(box)], list(grid_thw))[0].tolist()
+    columns = width // MERGE_SIZE
     return [row * columns + column for row in range(ty0, ty1) for column in range(tx0, tx1)]
 
 
@@ -100,7 +95,7 @@ def check_boxes(boxes: ArrayLike, source: str | None = None) -> tuple[np.ndarray
         DataError: `box-shape`, `box-nan` (NaN or infinite), `box-outside`, `box-inverted` or `box-empty`.
     """
     try:
-        boxes_n4: np.ndarray = np.array(boxes, dtype=np.float64)
+        boxes_n4 = np.array(boxes, dtype=np.float64)
     except (TypeError, ValueError, OverflowError):
         raise DataError(
             "box-shape", f"expected a list of four-number boxes, got {boxes!r}; {_FIX_ORDER}", source
