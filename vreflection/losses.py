@@ -24,7 +24,7 @@ class LatentObjective:
         distillation_weight: λ of `latent_mse + attention_kl_weight * attention_kl` (stage 2).
         alignment: `symmetric`, `stochastic`, `llm_only` or `bcm_only`.
         stochastic_probability: chance that a step's gradient goes to the language-model side.
-        ce_on_latent_slots: supervise the slots' token ids; applied where labels are made.
+        ce_on_latent_slots: supervise the slots' token ids; otherwise `<|lvr|>` labels are left out.
         alignment_offset: hidden states aligned to Z are taken at slot + offset.
         probe_offset: hidden states used as probes are taken at slot + offset.
     """

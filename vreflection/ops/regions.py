@@ -60,7 +60,7 @@ class RegionPlan:
         return self.token_index_BN.shape[1]
 
     def image_maps(self, weights_BQN: torch.Tensor) -> list[torch.Tensor]:
-        """Per box, attention on the token grid of its image: a list of `(Q, h, w)`. For looking, not for the hot path."""
+        """Attention on the token grid of each box's image: a list of `(Q, h, w)`. For looking, not for the hot path."""
         queries = weights_BQN.shape[1]
         maps = []
         for box, image in enumerate(self.box_image):
@@ -109,8 +109,8 @@ def rect_plan(
     if len(rects) and (np.minimum(heights, widths) <= 0).any():
         bad = np.flatnonzero(np.minimum(heights, widths) <= 0)
         raise ValueError(
-            f"boxes {bad.tolist()} cover no visual token; drop such rows beforehand (`vreflection.data.boxes.check_boxes` "
-            "names them)"
+            f"boxes {bad.tolist()} cover no visual token; drop such rows beforehand "
+            "(`vreflection.data.boxes.check_boxes` names them)"
         )
     key = np.arange(counts.max() if len(counts) else 0)
     mask = key < counts[:, None]

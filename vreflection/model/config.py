@@ -1,0 +1,84 @@
+"""Configuration of a Qwen2.5-VL with latent steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import Qwen2_5_VLConfig
+
+from ..errors import ConfigError
+
+
+@dataclass(frozen=True)
+class StageTraits:
+    """What a training stage or control arm consists of.
+
+    Attributes:
+        teacher, student: whether the checkpoint carries Box-Guided / Dynamic Autoregressive Compression.
+        slot_style: what an `<lvr>` placeholder becomes (see `vreflection.data.template`).
+        slot_input: what the slots are fed: `latents` (teacher latents in training, own states in decoding),
+            `embedding` (the `<|lvr|>` embedding: filler tokens) or `none` (there are no slots).
+    """
+
+    teacher: bool
+    student: bool
+    slot_style: str
+    slot_input: str
+
+
+STAGES: dict[str, StageTraits] = {
+    "base": StageTraits(False, False, "none", "none"),
+    "sft": StageTraits(False, False, "none", "none"),
+    "boundary": StageTraits(False, False, "boundary", "none"),
+    "filler": StageTraits(False, False, "filler", "embedding"),
+    "stage1": StageTraits(True, False, "latent", "latents"),
+    "stage2": StageTraits(True, True, "latent", "latents"),
+}
+
+
+class VReflectionConfig(Qwen2_5_VLConfig):
+    """A Qwen2.5-VL configuration plus the latent settings. Unknown keys of released checkpoints are kept.
+
+    Attributes:
+        stage: one of `STAGES`.
+        num_latent_tokens: Q, latent slots per span.
+        lvr_start_id, lvr_id, lvr_latent_end_id, lvr_end_id: ids of the four latent tokens.
+        region, roi_output_size, roi_sampling_ratio: the teacher's region (see `BoxGuidedCompression`).
+        resampler_num_heads: heads of both modules; `None` = `min(8, D // 64)`.
+        query_init_std: standard deviation of the teacher's initial queries.
+    """
+
+    stage: str = "base"
+    num_latent_tokens: int = 8
+    lvr_start_id: int = 151665
+    lvr_id: int = 151666
+    lvr_latent_end_id: int = 151667
+    lvr_end_id: int = 151668
+    region: str = "window"
+    roi_output_size: int = 7
+    roi_sampling_ratio: int = 2
+    resampler_num_heads: int | None = None
+    query_init_std: float = 0.02
+
+    @property
+    def traits(self) -> StageTraits:
+        if self.stage not in STAGES:
+            raise ConfigError(f"stage: expected one of {sorted(STAGES)}, got {self.stage!r}")
+        return STAGES[self.stage]
+
+    @property
+    def hidden_width(self) -> int:
+        """D: the language model's width, which the vision tower's merger projects to."""
+        return self.text_config.hidden_size  # pyright: ignore[reportOptionalMemberAccess]
+
+    @classmethod
+    def from_base_config(cls, base: Qwen2_5_VLConfig, stage: str, **overrides) -> VReflectionConfig:
+        """The base model's settings with latent settings on top."""
+        values = base.to_dict()
+        values.pop("model_type", None)
+        unknown = set(overrides) - set(cls.__annotations__)
+        if unknown:
+            raise ConfigError(f"unknown latent settings {sorted(unknown)}; known: {sorted(cls.__annotations__)}")
+        config = cls(**{**values, **overrides, "stage": stage})
+        _ = config.traits
+        return config

@@ -1,0 +1,156 @@
+"""Where image tokens, latent slots and supervised positions lie in a batch: checked once, on the host.
+
+Shape suffixes: B boxes (= latent spans), Q slots per span, S supervised positions, T image tokens. Positions are flat
+indices into `(batch * length)`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..ops.regions import MERGE_SIZE, host_array
+from .config import VReflectionConfig
+
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True)
+class BatchLayout:
+    """Host-side facts of one batch, as device indices. Build it before the step: `BatchLayout.from_batch`."""
+
+    image_index_T: torch.Tensor
+    slot_index_BQ: torch.Tensor
+    supervised_index_S: torch.Tensor
+    targets_S: torch.Tensor
+    grids: np.ndarray  # (I, 2) tokens
+    boxes: np.ndarray  # (B, 4)
+    box_sample: np.ndarray  # (B,)
+    box_image: np.ndarray  # (B,)
+
+    @classmethod
+    def from_batch(
+        cls,
+        config: VReflectionConfig,
+        input_ids: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        image_grid_thw: torch.Tensor | None = None,
+        boxes=None,
+        box_sample=None,
+        box_image=None,
+        cu_seqlens: torch.Tensor | None = None,
+        device: torch.device | str | None = None,
+        ce_on_latent_slots: bool = False,
+    ) -> BatchLayout:
+        """Check a batch and locate everything in it.
+
+        Args:
+            input_ids, labels: `(batch, L)`; with `cu_seqlens` `(1, L)` holding several sequences end to end.
+            image_grid_thw: `(I, 3)` in 14-px patches. boxes: `(B, 4)`. box_sample, box_image: `(B,)`.
+            device: where the indices go; default that of `input_ids`. Host tensors cost no sync.
+            ce_on_latent_slots: keep labels that are `<|lvr|>`; otherwise they are not supervised.
+
+        Raises:
+            ValueError: image tokens, slots, boxes or labels disagree; the message says which sample and by how much.
+        """
+        device = input_ids.device if device is None else device
+        ids = host_array(input_ids, "input_ids", (input_ids.shape[-1],), np.int64)
+        starts = sequence_starts(ids, cu_seqlens)
+        grids = host_array(image_grid_thw if image_grid_thw is not None else [], "image_grid_thw", (3,), np.int64)
+        if (grids[:, 0] > 1).any():
+            raise ValueError("image_grid_thw: expected still images with t = 1; videos are not supported")
+        token_grids = grids[:, 1:] // MERGE_SIZE
+        image_index = locate_images(ids, config.image_token_id, token_grids)
+        slot_index = locate_slots(ids, config)
+        box_sample = host_array(box_sample if box_sample is not None else [], "box_sample", (), np.int64)
+        if config.traits.slot_input == "latents":
+            match_spans_to_boxes(slot_index, box_sample, starts)
+        unsupervised = None if ce_on_latent_slots else config.lvr_id
+        supervised, targets = locate_supervision(ids, labels, starts, unsupervised)
+        to_device = lambda array: torch.from_numpy(array).to(device, non_blocking=True)  # noqa: E731
+        return cls(
+            image_index_T=to_device(image_index),
+            slot_index_BQ=to_device(slot_index),
+            supervised_index_S=to_device(supervised),
+            targets_S=to_device(targets),
+            grids=token_grids,
+            boxes=host_array(boxes if boxes is not None else [], "boxes", (4,), np.float64),
+            box_sample=box_sample,
+            box_image=host_array(box_image if box_image is not None else [], "box_image", (), np.int64),
+        )
+
+
+def sequence_starts(ids: np.ndarray, cu_seqlens) -> np.ndarray:
+    """Flat start of every sequence, ascending from 0."""
+    if cu_seqlens is None:
+        return np.arange(ids.shape[0]) * ids.shape[1]
+    bounds = host_array(cu_seqlens, "cu_seqlens", (), np.int64)
+    if ids.shape[0] != 1 or len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != ids.shape[1] or (np.diff(bounds) <= 0).any():
+        raise ValueError(
+            f"cu_seqlens: expected ascending bounds from 0 to {ids.shape[1]} over input_ids of shape (1, L), "
+            f"got {bounds.tolist()} over {tuple(ids.shape)}"
+        )
+    return bounds[:-1]
+
+
+def locate_images(ids: np.ndarray, image_token_id: int, token_grids: np.ndarray) -> np.ndarray:
+    index = np.flatnonzero(ids.reshape(-1) == image_token_id)
+    expected = int((token_grids[:, 0] * token_grids[:, 1]).sum())
+    if len(index) != expected:
+        raise ValueError(
+            f"image tokens and image_grid_thw disagree: {len(index)} image tokens in input_ids, the grids "
+            f"{token_grids.tolist()} (tokens) need {expected}; was a sample cut inside an image?"
+        )
+    return index
+
+
+def locate_slots(ids: np.ndarray, config: VReflectionConfig) -> np.ndarray:
+    """Flat slot positions `(spans, Q)`; each span is `<|lvr_start|>` and Q consecutive `<|lvr|>`."""
+    flat = ids.reshape(-1)
+    index = np.flatnonzero(flat == config.lvr_id)
+    if config.traits.slot_input == "none":
+        return np.zeros((0, 0), dtype=np.int64)
+    slots = config.num_latent_tokens
+    if len(index) % slots:
+        raise ValueError(f"latent slots: expected a multiple of num_latent_tokens = {slots}, got {len(index)}")
+    index = index.reshape(-1, slots)
+    broken = (np.diff(index, axis=1) != 1).any(axis=1) | (flat[index[:, 0] - 1] != config.lvr_start_id)
+    if broken.any():
+        sample = int(index[np.flatnonzero(broken)[0], 0]) // ids.shape[1]
+        raise ValueError(
+            f"latent span in sample {sample}: expected <|lvr_start|> and {slots} consecutive <|lvr|>; "
+            "was the text cut inside a span, or made for another number of latents?"
+        )
+    return index
+
+
+def match_spans_to_boxes(slot_index: np.ndarray, box_sample: np.ndarray, starts: np.ndarray) -> None:
+    span_sample = np.searchsorted(starts, slot_index[:, 0], side="right") - 1 if len(slot_index) else box_sample[:0]
+    if len(span_sample) == len(box_sample) and (span_sample == box_sample).all():
+        return
+    spans = np.bincount(span_sample, minlength=len(starts))
+    boxes = np.bincount(box_sample, minlength=len(starts))
+    if len(boxes) != len(spans):
+        raise ValueError(f"box_sample: expected values in [0, {len(starts)}), got {box_sample.tolist()}")
+    bad = np.flatnonzero(spans != boxes)
+    if len(bad):
+        detail = ", ".join(f"sample {s}: {spans[s]} spans, {boxes[s]} boxes" for s in bad[:4])
+        raise ValueError(f"every latent span needs exactly one box: {detail}")
+    raise ValueError(f"box_sample: expected boxes in the order of their samples, got {box_sample.tolist()}")
+
+
+def locate_supervision(
+    ids: np.ndarray, labels, starts: np.ndarray, unsupervised_id: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Flat positions whose next token is supervised, and those tokens; never across a sequence boundary."""
+    if labels is None:
+        return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
+    flat = host_array(labels, "labels", (ids.shape[1],), np.int64).reshape(-1)
+    if flat.size != ids.size:
+        raise ValueError(f"labels: expected the shape of input_ids {tuple(ids.shape)}, got {tuple(labels.shape)}")
+    target = (flat != IGNORE_INDEX) & (flat != unsupervised_id)
+    target[starts] = False
+    index = np.flatnonzero(target)
+    return index - 1, flat[index]
