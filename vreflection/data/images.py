@@ -14,8 +14,8 @@ from vreflection.errors import DataError
 MAX_IMAGE_PIXELS = 89_478_485
 # The host model's resize refuses images longer than this many times their width.
 MAX_ASPECT_RATIO = 200
-# Raster formats only: some others (EPS) start external programs when opened.
-_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+# Raster formats only: some others (EPS) start external programs when opened. JPEG includes multi-picture files.
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 
 _FOLDERS = {
     "cub": ("cub/CUB_200_2011/images",),
