@@ -50,6 +50,7 @@ def test_unusable_files(tmp_path):
     assert failing(tmp_path, png(0, 5))[0] in ("image-empty", "not-an-image")
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_bombs_are_refused_before_decoding(tmp_path):
     reason, message = failing(tmp_path, png(100_000, 100_000))
     assert reason == "image-too-large" and "89478485" in message

@@ -87,7 +87,7 @@ class VReflectionProcessor:
             tokenizer = AutoTokenizer.from_pretrained(str(path))
         except (OSError, ValueError) as error:
             raise CheckpointError(
-                f"expected tokenizer.json and tokenizer_config.json in {path}, got no tokenizer that loads ({error}); "
+                f"expected tokenizer.json and tokenizer_config.json in {path}, got no tokenizer that loads ({_first_line(error)}); "
                 "copy the tokenizer files of the base model there"
             ) from error
         return cls(tokenizer, image_processor, token_ids)
@@ -223,7 +223,7 @@ def _load_image_processor(path: str, min_visual_tokens: int | None, max_visual_t
         config, _ = processor_class.get_image_processor_dict(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"expected preprocessor_config.json in {path}, got none that loads ({error}); "
+            f"expected preprocessor_config.json in {path}, got none that loads ({_first_line(error)}); "
             "copy the file of the Qwen2.5-VL base model there"
         ) from error
     # Both spellings occur in released checkpoints; one explicit size keeps the class default out of it.
@@ -242,6 +242,10 @@ def _load_image_processor(path: str, min_visual_tokens: int | None, max_visual_t
             f"expected 0 < min <= max pixels per image, got {size}; change min_visual_tokens or max_visual_tokens"
         )
     return processor_class(**config, size=size)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def _token_pixels(patch_size: int, merge_size: int) -> int:
