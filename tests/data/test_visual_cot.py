@@ -151,6 +151,8 @@ def test_missing_file_and_wrong_arguments(tmp_path, write_rows, row):
     assert caught.value.reason == "file-missing"
     with pytest.raises(ValueError, match="expected image_folder for the rows of"):
         read_visual_cot(write_rows([row()]))
+    with pytest.raises(DataError, match="rows.json: expected a folder of images at .*/absent, got none; check"):
+        read_visual_cot(write_rows([row()]), tmp_path / "absent")
     with pytest.raises(ValueError, match="on_error 'skip' or 'raise', got 'ignore'"):
         read_visual_cot(write_rows([row()]), tmp_path, on_error="ignore")
 

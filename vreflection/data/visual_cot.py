@@ -260,6 +260,8 @@ def _read_text(path: Path) -> str:
 def _need_folder(image_folder: str | Path | None, path: Path) -> str | Path:
     if image_folder is None:
         raise ValueError(f"expected image_folder for the rows of {path}, got None; only meta files carry their own")
+    if not Path(image_folder).is_dir():
+        raise DataError("file-missing", f"expected a folder of images at {image_folder}, got none; check it", str(path))
     return image_folder
 
 

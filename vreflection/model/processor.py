@@ -85,10 +85,10 @@ class VReflectionProcessor:
         image_processor = _load_image_processor(str(path), min_visual_tokens, max_visual_tokens)
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(path))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, ImportError) as error:  # ImportError: the loader's last resorts are not installed
             raise CheckpointError(
-                f"expected tokenizer.json and tokenizer_config.json in {path}, got no tokenizer that loads ({_first_line(error)}); "
-                "copy the tokenizer files of the base model there"
+                f"expected tokenizer.json and tokenizer_config.json in {path}, got no tokenizer that loads "
+                f"({_first_line(error)}); copy the tokenizer files of the base model there"
             ) from error
         return cls(tokenizer, image_processor, token_ids)
 
