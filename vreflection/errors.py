@@ -11,7 +11,12 @@ class DataError(ValueError):
     def __init__(self, reason: str, message: str, source: str | None = None):
         super().__init__(f"{source}: {message}" if source else message)
         self.reason = reason
+        self.message = message
         self.source = source
+
+    def __reduce__(self):
+        # Raised in data-loader workers, so it must survive pickling whole.
+        return type(self), (self.reason, self.message, self.source)
 
 
 class CheckpointError(ValueError):

@@ -35,7 +35,7 @@ def text_of(processor, ids):
 
 
 def test_ids_labels_and_types_of_a_sample(processor, sample):
-    encoded = encode_sample(sample, processor, "latent", True, num_latents=3)
+    encoded = encode_sample(sample, processor, "latent", num_latents=3)
     span = "<|lvr_start|><|lvr|><|lvr|><|lvr|><|lvr_end|>"
     pads = ["<|vision_start|>" + "<|image_pad|>" * count + "<|vision_end|>" for count in (4 * 3, 2 * 5)]
     assert text_of(processor, encoded.input_ids) == (
@@ -58,32 +58,29 @@ def test_ids_labels_and_types_of_a_sample(processor, sample):
     assert tokens == [0, 1, 2]
 
 
-def test_slot_labels_can_be_masked_alone(processor, sample):
-    seen = encode_sample(sample, processor, "latent", True)
-    masked = encode_sample(sample, processor, "latent", False)
-    slots = seen.input_ids == processor.token_ids.lvr
+def test_slots_are_labelled_so_that_the_objective_decides(processor, sample):
+    encoded = encode_sample(sample, processor, "latent")
+    slots = encoded.input_ids == processor.token_ids.lvr
     assert int(slots.sum()) == 16
-    assert torch.equal(seen.labels[slots], seen.input_ids[slots])
-    assert (masked.labels[slots] == IGNORE_INDEX).all()
-    assert torch.equal(masked.labels[~slots], seen.labels[~slots])
+    assert torch.equal(encoded.labels[slots], encoded.input_ids[slots])
 
 
 @pytest.mark.parametrize("style, answer", [("boundary", "<|lvr_start|><|lvr_end|>\nblue"), ("none", "blue")])
 def test_styles_without_slots_carry_no_boxes(processor, sample, style, answer):
-    encoded = encode_sample(sample, processor, style, True)
+    encoded = encode_sample(sample, processor, style)
     assert text_of(processor, encoded.input_ids).endswith(f"<|im_start|>assistant\n{answer}<|im_end|>\n")
     assert encoded.boxes.shape == (0, 4) and encoded.box_images.shape == (0,)
-    filler = encode_sample(sample, processor, "filler", False)
-    assert torch.equal(filler.input_ids, encode_sample(sample, processor, "latent", False).input_ids)
+    filler = encode_sample(sample, processor, "filler")
+    assert torch.equal(filler.input_ids, encode_sample(sample, processor, "latent").input_ids)
     assert len(filler.boxes) == 2
 
 
 def test_a_sample_is_kept_whole_or_refused(processor, sample):
-    length = len(encode_sample(sample, processor, "latent", True).input_ids)
-    assert len(encode_sample(sample, processor, "latent", True, max_length=length).input_ids) == length
+    length = len(encode_sample(sample, processor, "latent").input_ids)
+    assert len(encode_sample(sample, processor, "latent", max_length=length).input_ids) == length
     message = f"rows.json:4: expected at most {length - 1} tokens, got {length}; raise max_length"
     with pytest.raises(DataError, match=message) as caught:
-        encode_sample(sample, processor, "latent", True, max_length=length - 1)
+        encode_sample(sample, processor, "latent", max_length=length - 1)
     assert caught.value.reason == "too-long"
 
 
@@ -110,14 +107,14 @@ def test_a_sample_is_kept_whole_or_refused(processor, sample):
 )
 def test_unusable_samples_name_their_row(processor, sample, changes, reason, message):
     with pytest.raises(DataError, match=message) as caught:
-        encode_sample(dataclasses.replace(sample, **changes), processor, "latent", True)
+        encode_sample(dataclasses.replace(sample, **changes), processor, "latent")
     assert caught.value.reason == reason and caught.value.source == "rows.json:4"
     assert str(caught.value).startswith("rows.json:4: ")
 
 
 def test_unknown_slot_style(processor, sample):
     with pytest.raises(ValueError, match="expected slot_style"):
-        encode_sample(sample, processor, "latents", True)
+        encode_sample(sample, processor, "latents")
 
 
 def cache_of(sample):
@@ -151,9 +148,8 @@ def test_dataset_equals_encoding_and_cache_replaces_the_files(processor, sample)
 
 
 def test_dataset_passes_its_options_on(processor, sample):
-    encoded = LatentDataset([sample], processor, "latent", False, num_latents=2)[0]
-    slots = encoded.input_ids == processor.token_ids.lvr
-    assert int(slots.sum()) == 4 and (encoded.labels[slots] == IGNORE_INDEX).all()
+    encoded = LatentDataset([sample], processor, "latent", num_latents=2)[0]
+    assert int((encoded.input_ids == processor.token_ids.lvr).sum()) == 4
     with pytest.raises(DataError, match="expected at most 20 tokens"):
         LatentDataset([sample], processor, max_length=20)[0]
     with pytest.raises(ValueError, match="expected slot_style"):
@@ -174,7 +170,7 @@ def test_cache_errors_name_the_row(processor, sample):
 
 
 def test_prompt_is_the_head_of_the_training_sample(processor, sample):
-    encoded = encode_sample(sample, processor, "latent", True)
+    encoded = encode_sample(sample, processor, "latent")
     prompt = encode_prompt(sample.conversations[0].text, processor, sample.image_paths)
     length = len(prompt.input_ids)
     assert torch.equal(prompt.input_ids, encoded.input_ids[:length])

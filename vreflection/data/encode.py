@@ -57,7 +57,7 @@ class EncodedSample:
     """One sample ready for collation. Exactly one of `pixel_values` and `image_features` is set if it has images."""
 
     input_ids: Tensor  # [L] int64
-    labels: Tensor  # [L] int64, -100 where not supervised
+    labels: Tensor  # [L] int64, -100 where not supervised; slots are labelled, the objective decides on them
     mm_token_type_ids: Tensor  # [L] int64, 1 at image tokens
     position_ids: Tensor  # [3, L] int64
     boxes: Tensor  # [n, 4] float64, one per latent span
@@ -72,7 +72,6 @@ def encode_sample(
     sample: Sample,
     processor: SampleProcessor,
     slot_style: SlotStyle,
-    ce_on_latent_slots: bool,
     image_tokens: Sequence[ImageTokens] | None = None,
     *,
     num_latents: int = 8,
@@ -84,7 +83,6 @@ def encode_sample(
         sample: a checked sample; its images are opened unless `image_tokens` is given.
         processor: tokenizer, image processor and token ids.
         slot_style: see `template.expand_assistant_text`. Styles without slots ("boundary", "none") carry no boxes.
-        ce_on_latent_slots: whether the `<|lvr|>` labels are supervised.
         image_tokens: per image, features (N_i, D) and grid_thw computed earlier.
         num_latents: slots per box (Q).
         max_length: longest accepted L in tokens.
@@ -113,8 +111,6 @@ def encode_sample(
     images = _prepare_images(sample.image_paths, processor, image_tokens, sample.source)
     segments = conversation_segments(sample.conversations, slot_style, num_latents)
     encoded = _assemble(segments, num_images, images, processor, max_length, sample.source)
-    if not ce_on_latent_slots:
-        encoded.labels[encoded.input_ids == processor.token_ids.lvr] = IGNORE_INDEX
     if slot_style in ("latent", "filler"):
         encoded.boxes = torch.from_numpy(boxes_n4)
         encoded.box_images = torch.from_numpy(box_images_n)
@@ -241,7 +237,7 @@ class LatentDataset(Dataset[EncodedSample]):
     Args:
         samples: checked samples.
         processor: see `SampleProcessor`.
-        slot_style, ce_on_latent_slots, num_latents, max_length: as in `encode_sample`.
+        slot_style, num_latents, max_length: as in `encode_sample`.
         feature_cache: image path -> (visual tokens (N, D), grid_thw). When given, image files are not opened and
             every image must be in it.
 
@@ -253,7 +249,6 @@ class LatentDataset(Dataset[EncodedSample]):
         samples: Sequence[Sample],
         processor: SampleProcessor,
         slot_style: SlotStyle = "latent",
-        ce_on_latent_slots: bool = True,
         *,
         num_latents: int = 8,
         max_length: int | None = None,
@@ -263,7 +258,6 @@ class LatentDataset(Dataset[EncodedSample]):
         self.samples = samples
         self.processor = processor
         self.slot_style: SlotStyle = slot_style
-        self.ce_on_latent_slots = ce_on_latent_slots
         self.num_latents = num_latents
         self.max_length = max_length
         self.feature_cache = feature_cache
@@ -277,7 +271,6 @@ class LatentDataset(Dataset[EncodedSample]):
             sample,
             self.processor,
             self.slot_style,
-            self.ce_on_latent_slots,
             None if self.feature_cache is None else [self._cached(path, sample.source) for path in sample.image_paths],
             num_latents=self.num_latents,
             max_length=self.max_length,

@@ -18,7 +18,7 @@ def check_transformers_version(version: str) -> None:
     if parts >= MINIMUM_TRANSFORMERS:
         return
     wanted = ".".join(map(str, MINIMUM_TRANSFORMERS))
-    why = "rotates still images wrongly" if (5, 3, 0) <= parts else "lacks interfaces this package needs"
+    why = "rotates still images wrongly" if parts >= (5, 3, 0) else "lacks interfaces this package needs"
     raise ImportError(
         f"transformers {version} {why}; expected at least {wanted}. Mend it with: pip install 'transformers>={wanted}'"
     )

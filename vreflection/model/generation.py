@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import StaticCache
+from transformers import DynamicCache, StaticCache
 from transformers.utils import ModelOutput
 
 from ..decoding import DecodeRules, DecodeState, DecodeTrace, SamplingSettings, decode
@@ -41,19 +41,34 @@ class LatentGenerateOutput(ModelOutput):
 
 
 class ModelStep:
-    """The host model's own forward as a decode step, on a static key/value cache that grows by whole buckets."""
+    """The host model's own forward as a decode step, on a static key/value cache that grows by whole buckets.
 
-    def __init__(self, model: VReflectionForConditionalGeneration, attention_mask: torch.Tensor, new_tokens: int):
+    Under autocast (training) keys and values differ in dtype, which a static cache refuses: `static=False` takes the
+    host's dynamic cache.
+    """
+
+    def __init__(
+        self,
+        model: VReflectionForConditionalGeneration,
+        attention_mask: torch.Tensor,
+        new_tokens: int,
+        static: bool = True,
+    ):
         self.model, self.decoder = model, model.model.language_model
         self.prompt_mask = attention_mask
+        self.static = static
         self.used = 0
         self.allocate(attention_mask.shape[1] + new_tokens)
 
     def allocate(self, length: int) -> None:
         """A cache of at least `length`, holding what the present one holds."""
         self.capacity = -(-length // CACHE_STEP) * CACHE_STEP
-        cache = StaticCache(config=self.model.config.get_text_config(), max_cache_len=self.capacity)
-        if self.used:
+        text_config = self.model.config.get_text_config()
+        if not self.static:
+            cache = self.cache if self.used else DynamicCache(config=text_config)
+        else:
+            cache = StaticCache(config=text_config, max_cache_len=self.capacity)
+        if self.used and self.static:
             for new, old in zip(cache.layers, self.cache.layers):
                 new.lazy_initialization(old.keys, old.values)
                 new.keys[:, :, : self.used] = old.keys[:, :, : self.used]
@@ -72,7 +87,7 @@ class ModelStep:
             self.allocate(max(self.used + length, self.capacity * 3 // 2))
         output = self.decoder(
             inputs_embeds=inputs_BLD,
-            attention_mask=self.mask,
+            attention_mask=self.mask if self.static else self.mask[:, : self.used + length],
             position_ids=position_ids,
             past_key_values=self.cache,
             use_cache=True,
@@ -241,9 +256,7 @@ def resolve_latents(model, latent_steps, allow_other, latents, batch) -> tuple[i
         warnings.warn(f"decoding with {steps} latent steps, trained with {trained}", stacklevel=3)
     if latents is not None:
         if latents.dim() != 3 or latents.shape[:2] != (batch, steps) or latents.shape[2] != config.hidden_width:
-            raise ValueError(
-                f"latents: expected ({batch}, {steps}, {config.hidden_width}), got {tuple(latents.shape)}"
-            )
+            raise ValueError(f"latents: expected ({batch}, {steps}, {config.hidden_width}), got {tuple(latents.shape)}")
     elif config.traits.slot_input == "embedding" and steps:
         latents = model.get_input_embeddings().weight[config.lvr_id].expand(batch, steps, -1)
     return steps, latents

@@ -87,7 +87,13 @@ def sequence_starts(ids: np.ndarray, cu_seqlens) -> np.ndarray:
     if cu_seqlens is None:
         return np.arange(ids.shape[0]) * ids.shape[1]
     bounds = host_array(cu_seqlens, "cu_seqlens", (), np.int64)
-    if ids.shape[0] != 1 or len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != ids.shape[1] or (np.diff(bounds) <= 0).any():
+    if (
+        ids.shape[0] != 1
+        or len(bounds) < 2
+        or bounds[0] != 0
+        or bounds[-1] != ids.shape[1]
+        or (np.diff(bounds) <= 0).any()
+    ):
         raise ValueError(
             f"cu_seqlens: expected ascending bounds from 0 to {ids.shape[1]} over input_ids of shape (1, L), "
             f"got {bounds.tolist()} over {tuple(ids.shape)}"

@@ -221,7 +221,9 @@ class VReflectionForConditionalGeneration(CheckpointMixin, LatentGenerationMixin
         if self.config.traits.slot_input == "latents" and tokens is not None and len(layout.boxes):
             teacher = self.teacher_view(tokens, layout)
             embeds = fill_slots(embeds, teacher.latents_BQD.detach(), layout, slot_inputs, free_running)
-        position_ids = self.positions(input_ids, position_ids, mm_token_type_ids, image_grid_thw, attention_mask, cu_seqlens)
+        position_ids = self.positions(
+            input_ids, position_ids, mm_token_type_ids, image_grid_thw, attention_mask, cu_seqlens
+        )
         hidden = self.model.language_model(
             inputs_embeds=embeds,
             attention_mask=attention_mask if cu_seqlens is None else None,

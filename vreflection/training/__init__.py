@@ -1,0 +1,1 @@
+"""Stage settings, the trainer, the free-running curriculum and the collapse gauges."""

@@ -1,0 +1,116 @@
+"""One training run from settings: model, data, trainer, checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+from transformers import TrainerCallback, set_seed
+
+from ..data.collate import Collator
+from ..data.encode import ImageTokens, LatentDataset
+from ..data.visual_cot import ReadReport, Sample, read_visual_cot
+from ..errors import CheckpointError, ConfigError, DataError
+from ..model.config import STAGES
+from ..model.modeling import VReflectionForConditionalGeneration
+from ..model.processor import VReflectionProcessor
+from .config import TrainSettings, dump_settings
+from .trainer import LatentTrainer, training_arguments
+
+
+@dataclass
+class TrainResult:
+    """A finished run: the model, its log rows, seconds per step, and what became of the data rows."""
+
+    model: VReflectionForConditionalGeneration
+    processor: VReflectionProcessor
+    history: list[dict[str, Any]]
+    seconds_per_step: float
+    report: ReadReport | None
+
+
+def check_start(settings: TrainSettings) -> None:
+    """What can be refused before anything is loaded."""
+    if not settings.model:
+        what = "the stage-1 checkpoint to start from" if settings.stage == "stage2" else "a base model folder or hub id"
+        flag = "--set model=<stage-1 folder>" if settings.stage == "stage2" else "--set model=<folder or hub id>"
+        raise (CheckpointError if settings.stage == "stage2" else ConfigError)(
+            f"model: expected {what}, got none; {flag}"
+        )
+    if not settings.output:
+        raise ConfigError("output: expected a folder for the checkpoint, got none; --set output=<folder>")
+
+
+def load_model(settings: TrainSettings) -> tuple[VReflectionForConditionalGeneration, VReflectionProcessor]:
+    processor = VReflectionProcessor.from_pretrained(
+        settings.model, settings.data.min_visual_tokens, settings.data.max_visual_tokens
+    )
+    ids = processor.token_ids
+    token_ids = {
+        "lvr_start_id": ids.lvr_start,
+        "lvr_id": ids.lvr,
+        "lvr_latent_end_id": ids.lvr_latent_end,
+        "lvr_end_id": ids.lvr_end,
+    }
+    base = VReflectionForConditionalGeneration.from_pretrained(settings.model, dtype=torch.float32)
+    model = VReflectionForConditionalGeneration.from_base(base, settings.stage, **token_ids, **settings.latent.given())
+    model.objective = settings.latent_objective()
+    model.freeze_for_stage()
+    return model, processor
+
+
+def run_training(
+    settings: TrainSettings,
+    *,
+    samples: Sequence[Sample] | None = None,
+    feature_cache: Mapping[str, ImageTokens] | None = None,
+    callbacks: list[TrainerCallback] | None = None,
+) -> TrainResult:
+    """Train one stage or control arm and save it to `settings.output`.
+
+    Args:
+        samples: rows already read; otherwise `settings.data.train` is read, and unusable rows are counted.
+        feature_cache: visual tokens by image path, so that the frozen vision tower does not run again.
+
+    Raises:
+        ConfigError, CheckpointError, DataError: before any step, with what to change.
+    """
+    check_start(settings)
+    # Before the model: initial queries and projections are drawn from this seed.
+    set_seed(settings.seed)
+    report = None
+    if samples is None:
+        if not settings.data.train:
+            raise ConfigError("data.train: expected a training file, got none; --set data.train=<file>")
+        samples, report = read_visual_cot(settings.data.train, settings.data.image_folder)
+        if not samples:
+            raise DataError("no-rows", f"no usable training row: {report.summary()}", settings.data.train)
+    model, processor = load_model(settings)
+    dataset: Dataset = LatentDataset(
+        samples,
+        processor,
+        STAGES[settings.stage].slot_style,  # pyright: ignore[reportArgumentType]
+        num_latents=model.config.num_latent_tokens,
+        max_length=settings.data.max_length,
+        feature_cache=feature_cache,
+    )
+    trainer = LatentTrainer(
+        model,
+        training_arguments(settings),
+        settings.optimizer,
+        settings.free_running,
+        train_dataset=dataset,
+        data_collator=Collator(processor.token_ids.pad),
+        callbacks=callbacks,
+    )
+    outcome = trainer.train(resume_from_checkpoint=settings.resume or None)
+    steps = max(trainer.state.global_step, 1)
+    output = Path(settings.output)
+    model.save_pretrained(output)
+    processor.save_pretrained(output)
+    dump_settings(settings, output / "train_settings.yaml")
+    return TrainResult(model, processor, trainer.state.log_history, outcome.metrics["train_runtime"] / steps, report)
