@@ -1,7 +1,7 @@
 """Pre-train the quickstart's base from random weights: a dense loss on the vision tower, then captions.
 
 Reads training photos and training digits only; the questions of the later stages never appear.
-Shape suffixes: B images, S sequence positions, D features, N visual tokens (64).
+Shape suffixes: B images of a batch, P of the pool, S sequence positions, N visual tokens (64), D features.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 import os
 import platform
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,6 +30,8 @@ from vreflection.quickstart.notes import (
     CELL,
     COLOURS,
     GRID,
+    NOTES_PER_IMAGE,
+    Note,
     ProgressCallback,
     Scene,
     make_scene,
@@ -50,7 +53,8 @@ class PretrainSettings:
     """The recipe. Steps count optimiser updates; learning rates follow a warm-up and a cosine down to 10 %."""
 
     vision_steps: int = 400
-    caption_steps: int = 100
+    caption_steps: int = 300  # digits are right after 100; naming every note once takes the rest
+    caption_images: int = 2048  # their visual tokens are computed once and reused
     batch_size: int = 32
     learning_rate: float = 1.5e-3
     betas: tuple[float, float] = (0.9, 0.98)
@@ -154,7 +158,8 @@ class _Pretraining:
         self.rng = np.random.default_rng([seed, 224])
         self.bf16 = autocast_bf16()
         self.curve: list[dict[str, float | str]] = []
-        self.total = settings.vision_steps + settings.caption_steps
+        self.pool_batches = math.ceil(settings.caption_images / settings.batch_size)
+        self.total = settings.vision_steps + self.pool_batches + settings.caption_steps
         self.done = 0
 
     def autocast(self) -> torch.autocast:
@@ -163,8 +168,6 @@ class _Pretraining:
         return torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.bf16)
 
     def scenes(self, count: int | None = None) -> list[Scene]:
-        from vreflection.quickstart.notes import NOTES_PER_IMAGE
-
         return [make_scene("train", self.rng, count or NOTES_PER_IMAGE) for _ in range(self.settings.batch_size)]
 
     def features(self, scenes: list[Scene]) -> torch.Tensor:
@@ -173,9 +176,10 @@ class _Pretraining:
         pixels = pack_pixels(np.stack([scene.pixels_HWC for scene in scenes]))
         return vision_features(self.model.model.visual, pixels, len(scenes))
 
-    def tick(self, phase: str, step: int, **values: float) -> None:
+    def tick(self, phase: str, step: int = 0, **values: float) -> None:
         self.done += 1
-        if step % 10 == 0 or self.done == self.settings.vision_steps or self.done == self.total:
+        last = self.done in (self.settings.vision_steps, self.total)
+        if values and (step % 10 == 0 or last):
             self.curve.append({"phase": phase, "step": step, **{k: round(v, 4) for k, v in values.items()}})
         if self.on_progress is not None:
             self.on_progress(self.done, self.total)
@@ -225,16 +229,15 @@ class _Pretraining:
         import torch
         from torch.nn import functional as F
 
-        language = self.model.model.language_model
-        schedule = _Schedule(list(language.parameters()), self.settings.caption_steps, self.settings)
+        settings = self.settings
+        schedule = _Schedule(list(self.model.model.language_model.parameters()), settings.caption_steps, settings)
         prompt = prompt_ids(self.tokenizer)
-        for step in range(self.settings.caption_steps):
-            scenes = self.scenes()
-            with torch.no_grad(), self.autocast():
-                features = self.features(scenes)
-            input_ids = torch.tensor([self.caption_ids(prompt, scene) for scene in scenes])
+        pool, features_PND = self.caption_pool()
+        for step in range(settings.caption_steps):
+            chosen = self.rng.choice(len(pool), settings.batch_size, replace=False)
+            input_ids = torch.tensor([self.caption_ids(prompt, pool[index]) for index in chosen])
             with self.autocast():
-                hidden = self.caption_hidden(input_ids, features)
+                hidden = self.caption_hidden(input_ids, features_PND[torch.from_numpy(chosen)])
                 logits = self.model.lm_head(hidden[:, len(prompt) - 1 : -1])
             targets = input_ids[:, len(prompt) :]
             loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
@@ -242,9 +245,22 @@ class _Pretraining:
             right = logits[:, 1:10:2].argmax(-1) == targets[:, 1:10:2]
             self.tick("caption", step, loss=loss.item(), digit_accuracy=float(right.float().mean()))
 
-    def caption_ids(self, prompt: list[int], scene: Scene) -> list[int]:
+    def caption_pool(self) -> tuple[list[tuple[Note, ...]], torch.Tensor]:
+        """Notes of the captioning images and their visual tokens (images, N, D), from the now frozen tower."""
+        import torch
+
+        notes, features = [], []
+        for _ in range(self.pool_batches):
+            scenes = self.scenes()
+            with torch.no_grad(), self.autocast():
+                features.append(self.features(scenes))
+            notes += [scene.notes for scene in scenes]
+            self.tick("features")
+        return notes, torch.cat(features)
+
+    def caption_ids(self, prompt: list[int], notes: Sequence[Note]) -> list[int]:
         """Prompt, the caption in a fresh random order, and the end of the turn: the same length for every scene."""
-        shuffled = [scene.notes[index] for index in self.rng.permutation(len(scene.notes))]
+        shuffled = [notes[index] for index in self.rng.permutation(len(notes))]
         return prompt + self.tokenizer(caption_text(shuffled) + "<|im_end|>\n").input_ids
 
     def caption_hidden(self, input_ids: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
@@ -263,18 +279,23 @@ class _Pretraining:
         positions = positions.expand(3, len(input_ids), -1)
         return self.model.model.language_model(inputs_embeds=embeds, position_ids=positions).last_hidden_state
 
-    def validate_tokens(self, scenes: list[Scene]) -> dict[str, float]:
-        """Share of note-covered visual tokens whose digit (colour) the dense heads name, on JPEG images."""
+    def validate(self, scenes: list[Scene]) -> dict[str, float]:
+        """Accuracies on JPEG images: dense heads on note-covered visual tokens, and digits given their colour word."""
         import numpy as np
         import torch
 
         digits, colours = _stack_labels(scenes)
         pixels = pack_pixels(np.stack([np.asarray(jpeg_round_trip(scene.pixels_HWC)) for scene in scenes]))
+        prompt = prompt_ids(self.tokenizer)
+        input_ids = torch.tensor([self.caption_ids(prompt, scene.notes) for scene in scenes])
         with torch.no_grad():
             features = vision_features(self.model.model.visual, pixels, len(scenes))
+            logits = self.model.lm_head(self.caption_hidden(input_ids, features)[:, len(prompt) : -1 : 2])
+            right = logits[:, :NOTES_PER_IMAGE].argmax(-1) == input_ids[:, len(prompt) + 1 :: 2][:, :NOTES_PER_IMAGE]
             return {
                 "token_digit_accuracy": _on_notes(self.digit_head(features), digits),
                 "token_colour_accuracy": _on_notes(self.colour_head(features), colours, BACKGROUND_COLOUR),
+                "digit_given_colour_accuracy": float(right.float().mean()),
             }
 
 
@@ -308,21 +329,21 @@ def pretrain_base(
 
     Args:
         out_dir: new folder, or one that holds a model to replace.
-        on_progress: called as `on_progress(done, total)` after every update of either phase.
+        on_progress: called as `on_progress(done, total)` after every update and every batch of cached features.
     """
     import torch
 
     settings = settings or PretrainSettings()
-    started = time.perf_counter()
+    started, cpu_started = time.perf_counter(), time.process_time()
     with torch.random.fork_rng(devices=[]):
         run = _Pretraining(settings, seed, on_progress)
         run.train_vision()
         vision_seconds = time.perf_counter() - started
         run.take_words_from_heads()
         run.train_captions()
-    seconds = time.perf_counter() - started
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
     scenes = validation_scenes(settings.validation_images)
-    metrics = run.validate_tokens(scenes)
+    metrics = run.validate(scenes)
     folder = save_base(run.model, run.tokenizer, out_dir)
     metrics["caption_accuracy"] = caption_accuracy(*load_base(folder), scenes)
     log = {
@@ -330,7 +351,11 @@ def pretrain_base(
         "settings": asdict(settings),
         "parameters": sum(parameter.numel() for parameter in run.model.parameters()),
         "autocast": "bf16" if run.bf16 else "off",
-        "seconds": {"vision": round(vision_seconds, 1), "caption": round(seconds - vision_seconds, 1)},
+        "seconds": {
+            "vision": round(vision_seconds, 1),
+            "caption": round(seconds - vision_seconds, 1),
+            "cpu": round(cpu_seconds, 1),
+        },
         "threads": torch.get_num_threads(),
         "versions": _versions(),
         "validation": {name: round(value, 4) for name, value in metrics.items()},
