@@ -82,7 +82,9 @@ def decode(
             on_token(emitted, state.mode)
         if bool(state.finished.all()):
             return trace
-        inputs = torch.where(state.mode[:, None], latent_state(state, rules, latent_inputs), step.embed(state.last_token))
+        inputs = torch.where(
+            state.mode[:, None], latent_state(state, rules, latent_inputs), step.embed(state.last_token)
+        )
         if record:
             trace.fed.append(inputs)
             trace.fed_latent.append(state.mode)

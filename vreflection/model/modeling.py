@@ -110,8 +110,8 @@ class VReflectionForConditionalGeneration(CheckpointMixin, LatentGenerationMixin
         base_stage = getattr(base.config, "stage", "base")
         if stage == "stage2" and base_stage != "stage1":
             raise CheckpointError(
-                f"stage 2 starts from a stage-1 checkpoint, got one of stage {base_stage!r}; train stage 1 first and pass "
-                "its folder (`vreflection train --config … --set model=<stage-1 folder>`)"
+                f"stage 2 starts from a stage-1 checkpoint, got one of stage {base_stage!r}; train stage 1 first and "
+                "pass its folder (`vreflection train --config … --set model=<stage-1 folder>`)"
             )
         config = VReflectionConfig.from_base_config(base.config, stage, **latent_settings)
         with torch.device("meta"):
@@ -128,7 +128,8 @@ class VReflectionForConditionalGeneration(CheckpointMixin, LatentGenerationMixin
                 module = getattr(model, name).to_empty(device=reference.device)
                 module.reset_parameters()
                 module.to(reference.dtype)
-        # Everything that reads a config reads this one from here on.
+        # Everything that reads a config, such as the attention implementation, reads this one from here on.
+        config.text_config, config.vision_config = base.config.text_config, base.config.vision_config
         model.model.config = config
         return model.train(base.training)
 

@@ -18,7 +18,7 @@ from ..model.config import STAGES
 
 @dataclass(frozen=True)
 class DataSettings:
-    """Training rows. `train` is a Visual-CoT JSON, JSONL or meta JSON; `image_folder` the folder its paths start from."""
+    """Training rows: `train` is a Visual-CoT JSON, JSONL or meta JSON, `image_folder` where its paths start."""
 
     train: str = ""
     image_folder: str | None = None
@@ -84,6 +84,7 @@ class TrainSettings:
         output: folder of the resulting checkpoint.
         objective: overrides of the stage's `LatentObjective`.
         trainer: arguments of `transformers.TrainingArguments`.
+        attn_implementation: the host library's attention (`sdpa`, `flash_attention_2`, `eager`); `None` = its default.
         resume: continue from the last trainer checkpoint in `output`.
     """
 
@@ -92,6 +93,7 @@ class TrainSettings:
     output: str = ""
     seed: int = 0
     resume: bool = False
+    attn_implementation: str | None = None
     data: DataSettings = field(default_factory=DataSettings)
     latent: LatentSettings = field(default_factory=LatentSettings)
     objective: dict[str, Any] = field(default_factory=dict)

@@ -35,12 +35,10 @@ class TrainResult:
 
 def check_start(settings: TrainSettings) -> None:
     """What can be refused before anything is loaded."""
+    if not settings.model and settings.stage == "stage2":
+        raise CheckpointError("model: stage 2 starts from a stage-1 checkpoint, got none; --set model=<stage-1 folder>")
     if not settings.model:
-        what = "the stage-1 checkpoint to start from" if settings.stage == "stage2" else "a base model folder or hub id"
-        flag = "--set model=<stage-1 folder>" if settings.stage == "stage2" else "--set model=<folder or hub id>"
-        raise (CheckpointError if settings.stage == "stage2" else ConfigError)(
-            f"model: expected {what}, got none; {flag}"
-        )
+        raise ConfigError("model: expected a base model folder or hub id, got none; --set model=<folder or hub id>")
     if not settings.output:
         raise ConfigError("output: expected a folder for the checkpoint, got none; --set output=<folder>")
 
@@ -56,7 +54,9 @@ def load_model(settings: TrainSettings) -> tuple[VReflectionForConditionalGenera
         "lvr_latent_end_id": ids.lvr_latent_end,
         "lvr_end_id": ids.lvr_end,
     }
-    base = VReflectionForConditionalGeneration.from_pretrained(settings.model, dtype=torch.float32)
+    base = VReflectionForConditionalGeneration.from_pretrained(
+        settings.model, dtype=torch.float32, attn_implementation=settings.attn_implementation
+    )
     model = VReflectionForConditionalGeneration.from_base(base, settings.stage, **token_ids, **settings.latent.given())
     model.objective = settings.latent_objective()
     model.freeze_for_stage()

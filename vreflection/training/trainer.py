@@ -20,7 +20,7 @@ HOST_KEYS = ("boxes", "box_sample", "box_image")
 
 def training_arguments(settings: TrainSettings) -> TrainingArguments:
     """The host trainer's arguments, with this package's needs filled in."""
-    known = {name for name in TrainingArguments.__dataclass_fields__}
+    known = set(TrainingArguments.__dataclass_fields__)
     unknown = sorted(set(settings.trainer) - known)
     if unknown:
         raise ConfigError(f"trainer: unknown keys {unknown}; see transformers.TrainingArguments")

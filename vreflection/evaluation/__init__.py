@@ -1,0 +1,1 @@
+"""Answering questions, scoring, statistics, and what the latents do."""

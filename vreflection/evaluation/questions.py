@@ -1,0 +1,189 @@
+"""Ask a model questions in batches, by real decoding or with teacher latents in the slots.
+
+Shape suffixes: Q latents per span, D width.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from ..data.collate import Collator
+from ..data.encode import EncodedSample, ImageTokens, encode_prompt, encode_sample
+from ..data.visual_cot import Sample
+from ..model.layout import BatchLayout
+from ..model.modeling import VReflectionForConditionalGeneration
+from ..model.processor import VReflectionProcessor
+
+ANSWER = re.compile(r"<answer>(.*?)(?:</answer>|$)", re.DOTALL)
+Progress = Callable[[int, int], None]
+
+
+def extract_answer(text: str) -> str | None:
+    """Text inside the last `<answer>` (closed or not), stripped; `None` when there is none."""
+    found = ANSWER.findall(text)
+    return found[-1].strip() if found else None
+
+
+def expected_answer(sample: Sample) -> str:
+    answer = extract_answer(sample.conversations[-1].text)
+    if answer is None:
+        raise ValueError(f"{sample.source}: the answer turn has no <answer> … </answer>")
+    return answer
+
+
+@dataclass
+class Decoded:
+    """Results of real decoding, one entry per question.
+
+    Attributes:
+        texts: decoded answers. answers: what stands in `<answer>`, or `None`.
+        latents, probes: `(Q, D)` of the first span, or `None` where no span was opened.
+        triggered: whether a span was opened. closed: whether `<|lvr_end|>` came right after it.
+    """
+
+    texts: list[str] = field(default_factory=list)
+    answers: list[str | None] = field(default_factory=list)
+    latents: list[torch.Tensor | None] = field(default_factory=list)
+    probes: list[torch.Tensor | None] = field(default_factory=list)
+    triggered: list[bool] = field(default_factory=list)
+    closed: list[bool] = field(default_factory=list)
+
+    def correct(self, samples: Sequence[Sample]) -> int:
+        return sum(answer == expected_answer(s) for answer, s in zip(self.answers, samples, strict=True))
+
+
+def batches(count: int, size: int) -> Iterator[range]:
+    for start in range(0, count, size):
+        yield range(start, min(start + size, count))
+
+
+def prompt_of(sample: Sample, processor: VReflectionProcessor, cache: Mapping[str, ImageTokens] | None):
+    """The question's prompt, from cached visual tokens or from the image files."""
+    tokens = None if cache is None else [cache[path] for path in sample.image_paths]
+    return encode_prompt(sample.conversations[0].text, processor, sample.image_paths, tokens, source=sample.source)
+
+
+def decode_answers(
+    model: VReflectionForConditionalGeneration,
+    processor: VReflectionProcessor,
+    samples: Sequence[Sample],
+    cache: Mapping[str, ImageTokens] | None = None,
+    *,
+    latents: torch.Tensor | None = None,
+    batch_size: int = 128,
+    max_new_tokens: int = 24,
+    on_progress: Progress | None = None,
+    **generate_settings,
+) -> Decoded:
+    """Decode every question's answer greedily.
+
+    Args:
+        latents: `(len(samples), Q, D)` states to consume instead of the model's own.
+        generate_settings: for `model.generate`.
+    """
+    model.eval()
+    result, collate = Decoded(), Collator(processor.token_ids.pad, padding_side="left")
+    keys = ("input_ids", "attention_mask", "position_ids", "image_grid_thw", "pixel_values", "image_features")
+    for rows in batches(len(samples), batch_size):
+        batch = collate([prompt_of(samples[i], processor, cache) for i in rows])
+        inputs = {key: batch[key].to(model.device) for key in keys if key in batch and len(batch[key])}
+        output = model.generate(
+            **inputs,
+            latents=None if latents is None else latents[rows.start : rows.stop].to(model.device),
+            max_new_tokens=max_new_tokens,
+            return_dict_in_generate=True,
+            return_latents=True,
+            **generate_settings,
+        )
+        new = output.sequences[:, batch["input_ids"].shape[1] :].cpu()
+        for row in range(len(new)):
+            note_row(result, processor, new[row], output.latents[row].cpu(), output.probes[row].cpu())
+        if on_progress is not None:
+            on_progress(rows.stop, len(samples))
+    return result
+
+
+def note_row(result: Decoded, processor, ids: torch.Tensor, latents: torch.Tensor, probes: torch.Tensor) -> None:
+    special, row = processor.token_ids, ids.tolist()
+    text = processor.decode(ids)
+    result.texts.append(text)
+    result.answers.append(extract_answer(text))
+    has_span = len(latents) > 0
+    result.latents.append(latents[0] if has_span else None)
+    result.probes.append(probes[0] if has_span else None)
+    opened = special.lvr_start in row
+    result.triggered.append(opened)
+    after = row[row.index(special.lvr_start) + 1 :] if opened else []
+    following = next((token for token in after if token != special.lvr), None)
+    result.closed.append(following == special.lvr_end)
+
+
+@dataclass
+class TeacherForced:
+    """Results with teacher latents in the slots and the right text so far, one entry per question.
+
+    Attributes:
+        correct: whether every token after `<|lvr_end|>` is the arg-max. latents: teacher latents `(Q, D)`.
+        student_maps, teacher_maps: attention `(Q, h, w)` on the image; student maps only in stage 2.
+    """
+
+    correct: list[bool] = field(default_factory=list)
+    latents: list[torch.Tensor] = field(default_factory=list)
+    student_maps: list[torch.Tensor] = field(default_factory=list)
+    teacher_maps: list[torch.Tensor] = field(default_factory=list)
+
+
+@torch.no_grad()
+def teacher_forced(
+    model: VReflectionForConditionalGeneration,
+    processor: VReflectionProcessor,
+    samples: Sequence[Sample],
+    cache: Mapping[str, ImageTokens] | None = None,
+    batch_size: int = 64,
+) -> TeacherForced:
+    """Run the training forward on held-out questions (stages 1 and 2; one box per question)."""
+    model.eval()
+    result, collate = TeacherForced(), Collator(processor.token_ids.pad)
+    slots = model.config.num_latent_tokens
+    for rows in batches(len(samples), batch_size):
+        encoded: list[EncodedSample] = []
+        for sample in (samples[i] for i in rows):
+            tokens = None if cache is None else [cache[path] for path in sample.image_paths]
+            encoded.append(encode_sample(sample, processor, "latent", tokens, num_latents=slots))
+        batch = {k: v.to(model.device) for k, v in collate(encoded).items()}
+        layout = BatchLayout.from_batch(
+            model.config, batch["input_ids"], batch["labels"], batch["image_grid_thw"],
+            batch["boxes"], batch["box_sample"], batch["box_image"],
+        )  # fmt: skip
+        output = model(**batch, layout=layout)
+        result.correct += answers_right(output.logits, layout, batch["input_ids"], processor.token_ids.lvr_end)
+        tokens = model.batch_tokens(batch.get("pixel_values"), batch.get("image_features"), batch["image_grid_thw"])
+        teacher = model.teacher_view(tokens, layout)
+        result.latents += list(teacher.latents_BQD.cpu())
+        result.teacher_maps += [m.cpu() for m in teacher.plan.image_maps(teacher.weights_BQN)]
+        if model.config.traits.student:
+            hidden = output.last_hidden_state.flatten(0, 1)
+            probes = hidden[layout.slot_index_BQ + model.objective.probe_offset]
+            result.student_maps += [m.cpu() for m in student_maps(model, probes, tokens, layout)]
+    return result
+
+
+def answers_right(logits, layout: BatchLayout, input_ids, lvr_end_id: int) -> list[bool]:
+    """Per sample, whether every supervised token after the last `<|lvr_end|>` is the arg-max."""
+    rows, length = input_ids.shape
+    column = torch.arange(length, device=input_ids.device)
+    last_end = torch.where(input_ids == lvr_end_id, column, -1).amax(dim=1)
+    sample, position = layout.supervised_index_S // length, layout.supervised_index_S % length
+    wrong = (logits.argmax(-1) != layout.targets_S) & (position >= last_end[sample])
+    return (torch.zeros(rows, device=wrong.device).index_add(0, sample, wrong.float()) == 0).tolist()
+
+
+def student_maps(model, probes_BQD, tokens, layout: BatchLayout) -> list[torch.Tensor]:
+    """The student's attention `(Q, h, w)` per box."""
+    student = model.student_resampler
+    _, maps = student(probes_BQD, tokens, layout.grids, layout.box_image, return_attention=True)
+    return maps
