@@ -1,0 +1,1 @@
+"""Attention overlays, charts and the self-contained HTML report."""
