@@ -139,6 +139,15 @@ def test_queries_are_initialised_explicitly():
     assert abs(wide.queries.std().item() - 1.0) < 0.05
 
 
+@pytest.mark.parametrize("kind", [BoxGuidedCompression, DynamicAutoregressiveCompression])
+def test_reset_parameters_overwrites_every_value(kind):
+    module = kind(64)
+    for parameter in module.parameters():
+        torch.nn.init.constant_(parameter, float("nan"))
+    module.reset_parameters()
+    assert all(parameter.isfinite().all() for parameter in module.parameters())
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -41,6 +41,8 @@ class CrossAttentionResampler(nn.Module):
         self.output_norm = nn.LayerNorm(hidden_size, eps=1e-6)
 
     def reset_parameters(self) -> None:
+        """Initialise every parameter; nothing is left to what the memory held."""
+        self.cross_attn.out_proj.reset_parameters()  # the next line leaves its weight alone
         self.cross_attn._reset_parameters()
         self.output_norm.reset_parameters()
 
