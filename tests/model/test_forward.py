@@ -36,17 +36,9 @@ def window_tokens(box, grid):
 def roi_map(box, grid, cells, ratio):
     """RoI-Align as a dense (cells * cells, h * w) matrix: `grid_sample` of the one-hot images."""
     (x0, y0, x1, y1), (h, w) = box, grid
-    at = lambda low, high, size: (
-        low * size
-        - 0.5
-        + (high - low)
-        * size
-        * (torch.arange(cells * ratio) + 0.5)
-        / (  # noqa: E731
-            cells * ratio
-        )
-    )
-    y, x = torch.meshgrid(at(y0, y1, h), at(x0, x1, w), indexing="ij")
+    centres = (torch.arange(cells * ratio) + 0.5) / (cells * ratio)
+    rows, columns = (low * size - 0.5 + (high - low) * size * centres for low, high, size in ((y0, y1, h), (x0, x1, w)))
+    y, x = torch.meshgrid(rows, columns, indexing="ij")
     scaled = torch.stack([2 * x / max(w - 1, 1) - 1, 2 * y / max(h - 1, 1) - 1], dim=-1).float()
     images = torch.eye(h * w).view(1, h * w, h, w)
     samples = F.grid_sample(images, scaled[None], padding_mode="border", align_corners=True)
@@ -205,7 +197,7 @@ def test_which_parameters_train(tiny):
     assert part(trained(tiny.model("stage2"))) == language | {"student_resampler"}
     assert part(trained(tiny.model("sft"))) == part(trained(tiny.model("filler"))) == language
     everything = {n for n, _ in tiny.model("stage1").named_parameters()}
-    assert {n for n in everything - trained(tiny.model("stage1"))} == {n for n in everything if "visual" in n}
+    assert everything - trained(tiny.model("stage1")) == {n for n in everything if "visual" in n}
 
 
 def test_the_vision_tower_gets_no_gradient_even_when_the_teacher_learns(tiny, rows):
@@ -267,7 +259,8 @@ def targets_of(model, batch):
     from vreflection.model.layout import BatchLayout
 
     layout = BatchLayout.from_batch(
-        model.config, *(batch.get(k) for k in ("input_ids", "labels", "image_grid_thw", "boxes", "box_sample", "box_image")),
+        model.config,
+        *(batch.get(k) for k in ("input_ids", "labels", "image_grid_thw", "boxes", "box_sample", "box_image")),
         ce_on_latent_slots=model.objective.ce_on_latent_slots,
     )  # fmt: skip
     return layout.targets_S.tolist()
@@ -370,7 +363,7 @@ def test_gradient_checkpointing_changes_nothing(tiny, rows, stage):
 def packed(tiny, model, rows):
     """The same samples end to end in one row."""
     parts = []
-    for n, r in enumerate(rows):
+    for r in rows:
         single = tiny.batch([r])
         positions, _ = model.model.get_rope_index(
             single["input_ids"], single["mm_token_type_ids"], single.get("image_grid_thw")

@@ -253,7 +253,7 @@ def resolve_latents(model, latent_steps, allow_other, latents, batch) -> tuple[i
                 f"latent_steps: this checkpoint was trained with {trained}, got {steps}; models collapse when decoded "
                 "with another number, pass allow_other_latent_steps=True to do it all the same"
             )
-        warnings.warn(f"decoding with {steps} latent steps, trained with {trained}", stacklevel=3)
+        warnings.warn(f"decoding with {steps} latent steps, trained with {trained}", stacklevel=4)
     if latents is not None:
         if latents.dim() != 3 or latents.shape[:2] != (batch, steps) or latents.shape[2] != config.hidden_width:
             raise ValueError(f"latents: expected ({batch}, {steps}, {config.hidden_width}), got {tuple(latents.shape)}")
@@ -279,25 +279,13 @@ def prefill(
     model, input_ids, attention_mask, pixel_values, image_grid_thw, mm_token_type_ids, position_ids, image_features, new
 ):
     """Consume the prompts: `(step, last hidden state (B, D), next rope position (B,))`."""
-    layout = BatchLayout.from_batch(
-        model.config, input_ids, image_grid_thw=image_grid_thw, box_sample=prompt_spans(model, input_ids)
-    )
+    layout = BatchLayout.from_batch(model.config, input_ids, image_grid_thw=image_grid_thw, decoding=True)
     tokens = model.batch_tokens(pixel_values, image_features, image_grid_thw)
-    if tokens is None and len(layout.grids):
-        raise ValueError("image_grid_thw without pixel_values or image_features")
     embeds = model.embed(input_ids, tokens, layout)
     positions = model.positions(input_ids, position_ids, mm_token_type_ids, image_grid_thw, attention_mask, None)
     step = ModelStep(model, attention_mask, new)
     hidden = step.consume(embeds, positions)
     return step, hidden, positions[-3:].amax(dim=(0, 2)) + 1
-
-
-def prompt_spans(model, input_ids: torch.Tensor) -> torch.Tensor | None:
-    """Sample index of every complete span in the prompts (earlier turns); those need no box when decoding."""
-    if model.config.traits.slot_input != "latents":
-        return None
-    rows = (input_ids == model.config.lvr_id).nonzero()[:, 0].cpu()
-    return rows[:: model.config.num_latent_tokens]
 
 
 def stream_to(streamer, latent_mode: str):

@@ -43,6 +43,7 @@ class BatchLayout:
         cu_seqlens: torch.Tensor | None = None,
         device: torch.device | str | None = None,
         ce_on_latent_slots: bool = False,
+        decoding: bool = False,
     ) -> BatchLayout:
         """Check a batch and locate everything in it.
 
@@ -51,6 +52,7 @@ class BatchLayout:
             image_grid_thw: `(I, 3)` in 14-px patches. boxes: `(B, 4)`. box_sample, box_image: `(B,)`.
             device: where the indices go; default that of `input_ids`. Host tensors cost no sync.
             ce_on_latent_slots: keep labels that are `<|lvr|>`; otherwise they are not supervised.
+            decoding: spans of a prompt (earlier turns) need no boxes.
 
         Raises:
             ValueError: image tokens, slots, boxes or labels disagree; the message says which sample and by how much.
@@ -63,10 +65,13 @@ class BatchLayout:
             raise ValueError("image_grid_thw: expected still images with t = 1; videos are not supported")
         token_grids = grids[:, 1:] // MERGE_SIZE
         image_index = locate_images(ids, config.image_token_id, token_grids)
-        slot_index = locate_slots(ids, config)
+        slot_index = locate_slots(ids, config, starts)
+        boxes = host_array(boxes if boxes is not None else [], "boxes", (4,), np.float64)
         box_sample = host_array(box_sample if box_sample is not None else [], "box_sample", (), np.int64)
-        if config.traits.slot_input == "latents":
-            match_spans_to_boxes(slot_index, box_sample, starts)
+        box_image = host_array(box_image if box_image is not None else [], "box_image", (), np.int64)
+        if config.traits.slot_input == "latents" and not decoding:
+            match_spans_to_boxes(slot_index, len(boxes), box_sample, box_image, starts)
+            match_boxes_to_images(box_sample, box_image, token_grids, image_index, starts)
         unsupervised = None if ce_on_latent_slots else config.lvr_id
         supervised, targets = locate_supervision(ids, labels, starts, unsupervised)
         to_device = lambda array: torch.from_numpy(array).to(device, non_blocking=True)  # noqa: E731
@@ -76,9 +81,9 @@ class BatchLayout:
             supervised_index_S=to_device(supervised),
             targets_S=to_device(targets),
             grids=token_grids,
-            boxes=host_array(boxes if boxes is not None else [], "boxes", (4,), np.float64),
+            boxes=boxes,
             box_sample=box_sample,
-            box_image=host_array(box_image if box_image is not None else [], "box_image", (), np.int64),
+            box_image=box_image,
         )
 
 
@@ -112,7 +117,12 @@ def locate_images(ids: np.ndarray, image_token_id: int, token_grids: np.ndarray)
     return index
 
 
-def locate_slots(ids: np.ndarray, config: VReflectionConfig) -> np.ndarray:
+def sample_of(index: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """The sequence each flat position lies in."""
+    return np.searchsorted(starts, index, side="right") - 1
+
+
+def locate_slots(ids: np.ndarray, config: VReflectionConfig, starts: np.ndarray) -> np.ndarray:
     """Flat slot positions `(spans, Q)`; each span is `<|lvr_start|>` and Q consecutive `<|lvr|>`."""
     flat = ids.reshape(-1)
     index = np.flatnonzero(flat == config.lvr_id)
@@ -123,8 +133,10 @@ def locate_slots(ids: np.ndarray, config: VReflectionConfig) -> np.ndarray:
         raise ValueError(f"latent slots: expected a multiple of num_latent_tokens = {slots}, got {len(index)}")
     index = index.reshape(-1, slots)
     broken = (np.diff(index, axis=1) != 1).any(axis=1) | (flat[index[:, 0] - 1] != config.lvr_start_id)
+    # The start token in front of the slots belongs to the same sequence as the last of them.
+    broken |= sample_of(index[:, 0] - 1, starts) != sample_of(index[:, -1], starts)
     if broken.any():
-        sample = int(index[np.flatnonzero(broken)[0], 0]) // ids.shape[1]
+        sample = int(sample_of(index[np.flatnonzero(broken)[0], :1], starts)[0])
         raise ValueError(
             f"latent span in sample {sample}: expected <|lvr_start|> and {slots} consecutive <|lvr|>; "
             "was the text cut inside a span, or made for another number of latents?"
@@ -132,19 +144,41 @@ def locate_slots(ids: np.ndarray, config: VReflectionConfig) -> np.ndarray:
     return index
 
 
-def match_spans_to_boxes(slot_index: np.ndarray, box_sample: np.ndarray, starts: np.ndarray) -> None:
-    span_sample = np.searchsorted(starts, slot_index[:, 0], side="right") - 1 if len(slot_index) else box_sample[:0]
-    if len(span_sample) == len(box_sample) and (span_sample == box_sample).all():
-        return
+def match_spans_to_boxes(
+    slot_index: np.ndarray, num_boxes: int, box_sample: np.ndarray, box_image: np.ndarray, starts: np.ndarray
+) -> None:
+    if not num_boxes == len(box_sample) == len(box_image):
+        raise ValueError(
+            f"expected one sample and one image per box, got {num_boxes} boxes, {len(box_sample)} values of "
+            f"box_sample, {len(box_image)} of box_image"
+        )
+    if ((box_sample < 0) | (box_sample >= len(starts))).any():
+        raise ValueError(f"box_sample: expected values in [0, {len(starts)}), got {box_sample.tolist()}")
+    span_sample = sample_of(slot_index[:, 0], starts) if len(slot_index) else box_sample[:0]
     spans = np.bincount(span_sample, minlength=len(starts))
     boxes = np.bincount(box_sample, minlength=len(starts))
-    if len(boxes) != len(spans):
-        raise ValueError(f"box_sample: expected values in [0, {len(starts)}), got {box_sample.tolist()}")
     bad = np.flatnonzero(spans != boxes)
     if len(bad):
         detail = ", ".join(f"sample {s}: {spans[s]} spans, {boxes[s]} boxes" for s in bad[:4])
         raise ValueError(f"every latent span needs exactly one box: {detail}")
-    raise ValueError(f"box_sample: expected boxes in the order of their samples, got {box_sample.tolist()}")
+    if (span_sample != box_sample).any():
+        raise ValueError(f"box_sample: expected boxes in the order of their samples, got {box_sample.tolist()}")
+
+
+def match_boxes_to_images(
+    box_sample: np.ndarray, box_image: np.ndarray, token_grids: np.ndarray, image_index: np.ndarray, starts: np.ndarray
+) -> None:
+    if ((box_image < 0) | (box_image >= len(token_grids))).any():
+        raise ValueError(f"box_image: expected values in [0, {len(token_grids)}), got {box_image.tolist()}")
+    sizes = token_grids[:, 0] * token_grids[:, 1]
+    image_sample = sample_of(image_index[np.cumsum(sizes) - sizes], starts)
+    bad = np.flatnonzero(image_sample[box_image] != box_sample)
+    if len(bad):
+        box, image = int(bad[0]), int(box_image[bad[0]])
+        raise ValueError(
+            f"box_image: box {box} of sample {box_sample[box]} lies in image {image}, which belongs to sample "
+            f"{image_sample[image]}; images are counted over the whole batch"
+        )
 
 
 def locate_supervision(

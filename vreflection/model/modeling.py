@@ -152,6 +152,11 @@ class VReflectionForConditionalGeneration(CheckpointMixin, LatentGenerationMixin
         embeds = self.get_input_embeddings()(input_ids)
         if tokens_TD is None:
             return embeds
+        if len(tokens_TD) != len(layout.image_index_T):
+            raise ValueError(
+                f"image_features: expected {len(layout.image_index_T)} visual tokens for the image tokens in "
+                f"input_ids, got {len(tokens_TD)}"
+            )
         flat = embeds.flatten(0, 1)
         return flat.index_copy(0, layout.image_index_T, tokens_TD.to(flat.dtype)).view_as(embeds)
 
@@ -243,7 +248,11 @@ class VReflectionForConditionalGeneration(CheckpointMixin, LatentGenerationMixin
                     f"image_features: expected (T, {self.config.hidden_width}), got {tuple(image_features.shape)}"
                 )
             return image_features
-        return None if pixel_values is None else self.visual_tokens(pixel_values, image_grid_thw)
+        if pixel_values is None:
+            if image_grid_thw is not None and len(image_grid_thw):
+                raise ValueError("image_grid_thw without pixel_values or image_features")
+            return None
+        return self.visual_tokens(pixel_values, image_grid_thw)
 
     def positions(self, input_ids, position_ids, mm_token_type_ids, image_grid_thw, attention_mask, cu_seqlens):
         """Rope positions `(3, batch, L)`; a packed row gets the text row on top that separates its sequences."""
