@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import TrainerCallback
 
 from ..data.encode import ImageTokens
 from ..data.visual_cot import Sample
@@ -30,18 +29,8 @@ Progress = Callable[[int, int], None]
 Cache = Mapping[str, ImageTokens]
 
 
-class StepProgress(TrainerCallback):
-    """Reports trainer steps."""
-
-    def __init__(self, on_progress: Progress):
-        self.on_progress = on_progress
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.on_progress(state.global_step, state.max_steps)
-
-
 def train_arm(settings: TrainSettings, samples: Sequence[Sample], cache: Cache, on_progress: Progress) -> TrainResult:
-    return run_training(settings, samples=samples, feature_cache=cache, callbacks=[StepProgress(on_progress)])
+    return run_training(settings, samples=samples, feature_cache=cache, on_step=on_progress)
 
 
 def curve(history: list[dict[str, Any]]) -> list[dict[str, float]]:
@@ -65,10 +54,12 @@ def measure_arm(result: TrainResult, validation: Sequence[Sample], test: Sequenc
     measured: dict[str, Any] = {
         "seconds_per_step": result.seconds_per_step,
         "accuracy": accuracy(decoded.correct(test), test),
-        "validation": accuracy(decode_answers(model, processor, validation, cache).correct(validation), validation),
         "trigger_rate": float(np.mean(decoded.triggered)),
         "curve": curve(result.history),
     }
+    if validation:
+        correct = decode_answers(model, processor, validation, cache).correct(validation)
+        measured["validation"] = accuracy(correct, validation)
     if model.config.traits.slot_input == "latents":
         measured |= measure_latents(model, processor, decoded, test, cache)
     return measured

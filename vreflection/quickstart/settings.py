@@ -22,7 +22,7 @@ class SplitSizes:
     """Questions (one image each) per split, and the seed that draws them."""
 
     train: int = 1024
-    validation: int = 256
+    validation: int = 0
     test: int = 512
     seed: int = 0
 

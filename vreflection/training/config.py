@@ -180,5 +180,6 @@ def convert(kind: Any, value: Any, where: str) -> Any:
     raise ConfigError(f"{where}: expected {names}, got {value!r} ({type(value).__name__})")
 
 
-def dump_settings(settings: TrainSettings, path: Path) -> None:
-    path.write_text(yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False))
+def settings_dict(settings: TrainSettings) -> dict[str, Any]:
+    """Plain values, as a settings file would hold them."""
+    return dataclasses.asdict(settings)

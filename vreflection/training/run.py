@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch.utils.data import Dataset
-from transformers import TrainerCallback, set_seed
+from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from ..data.collate import Collator
 from ..data.encode import ImageTokens, LatentDataset
@@ -18,7 +19,7 @@ from ..errors import CheckpointError, ConfigError, DataError
 from ..model.config import STAGES
 from ..model.modeling import VReflectionForConditionalGeneration
 from ..model.processor import VReflectionProcessor
-from .config import TrainSettings, dump_settings
+from .config import TrainSettings, settings_dict
 from .trainer import LatentTrainer, training_arguments
 
 
@@ -31,6 +32,16 @@ class TrainResult:
     history: list[dict[str, Any]]
     seconds_per_step: float
     report: ReadReport | None
+
+
+class StepProgress(TrainerCallback):
+    """Reports optimizer steps."""
+
+    def __init__(self, on_step: Callable[[int, int], None]):
+        self.report = on_step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.report(state.global_step, state.max_steps)
 
 
 def check_start(settings: TrainSettings) -> None:
@@ -68,6 +79,7 @@ def run_training(
     *,
     samples: Sequence[Sample] | None = None,
     feature_cache: Mapping[str, ImageTokens] | None = None,
+    on_step: Callable[[int, int], None] | None = None,
     callbacks: list[TrainerCallback] | None = None,
 ) -> TrainResult:
     """Train one stage or control arm and save it to `settings.output`.
@@ -75,6 +87,7 @@ def run_training(
     Args:
         samples: rows already read; otherwise `settings.data.train` is read, and unusable rows are counted.
         feature_cache: visual tokens by image path, so that the frozen vision tower does not run again.
+        on_step: called as `on_step(done, total)` after every optimizer step.
 
     Raises:
         ConfigError, CheckpointError, DataError: before any step, with what to change.
@@ -105,12 +118,14 @@ def run_training(
         settings.free_running,
         train_dataset=dataset,
         data_collator=Collator(processor.token_ids.pad),
-        callbacks=callbacks,
+        callbacks=[*(callbacks or []), *([] if on_step is None else [StepProgress(on_step)])],
     )
+    if on_step is not None:
+        trainer.remove_callback(PrinterCallback)
     outcome = trainer.train(resume_from_checkpoint=settings.resume or None)
     steps = max(trainer.state.global_step, 1)
     output = Path(settings.output)
     model.save_pretrained(output)
     processor.save_pretrained(output)
-    dump_settings(settings, output / "train_settings.yaml")
+    (output / "train_settings.yaml").write_text(yaml.safe_dump(settings_dict(settings), sort_keys=False))
     return TrainResult(model, processor, trainer.state.log_history, outcome.metrics["train_runtime"] / steps, report)

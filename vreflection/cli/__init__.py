@@ -1,0 +1,33 @@
+"""`vreflection` on the command line: one file per command, no logic of their own.
+
+Exit codes: 0 done, 1 failed or interrupted (what was finished is kept), 2 bad input.
+"""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Entry point."""
+    import typer
+
+    from ..errors import CheckpointError, ConfigError, DataError
+    from . import info, quickstart, train
+
+    app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+    app.command("quickstart")(quickstart.command)
+    app.command("train")(train.command)
+    app.command("info")(info.command)
+    try:
+        app()
+    except (CheckpointError, ConfigError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped; what was finished is kept, run the same command again to go on", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
