@@ -70,7 +70,6 @@ def measure_latents(model, processor, decoded: Decoded, test: Sequence[Sample], 
     own = stack_latents(decoded, forced.latents[0])
     partners = swap_partners(test)
     swapped = decode_answers(model, processor, test, cache, latents=own[partners])
-    with_teacher = decode_answers(model, processor, test, cache, latents=torch.stack(forced.latents))
     removed = decode_answers(model, processor, test, cache, latent_steps=0, allow_other_latent_steps=True)
     followed = sum(a == expected_answer(test[p]) for a, p in zip(swapped.answers, partners))
     gauges = {name: float(value) for name, value in latent_gauges(torch.stack(forced.latents)).items()}
@@ -78,7 +77,6 @@ def measure_latents(model, processor, decoded: Decoded, test: Sequence[Sample], 
         "swapped": accuracy(swapped.correct(test), test),
         "swapped_follows_partner": accuracy(followed, test),
         "removed": accuracy(removed.correct(test), test),
-        "teacher_latents": accuracy(with_teacher.correct(test), test),
         "teacher_forced": accuracy(sum(forced.correct), test),
         "lvr_end_rate": float(np.mean(decoded.closed)),
         "cosine_to_teacher": cosine_to_teacher(decoded, forced.latents),

@@ -27,7 +27,6 @@ ARM_NOTES = {
     "stage2": "stage-1 steps included",
 }
 INTERVENTIONS = {
-    "teacher_latents": ("box-teacher latents fed to the slots", "an oracle: it is told the box"),
     "teacher_forced": ("teacher-forced", "an oracle: told the box, and the right text so far"),
     "swapped": ("latents swapped with another question's", None),
     "removed": ("latents removed (no latent step)", None),
@@ -137,10 +136,10 @@ def findings(results: Mapping[str, dict], uniform: float) -> list[str]:
     ]
     for name in ("sft", "boundary", "filler"):
         if name in results:
-            control = results[name]
+            control, verdict = results[name], compare(stage1["accuracy"], results[name]["accuracy"])
             sentences.append(
                 f"{ARM_LABELS[name]}: {percent(control['accuracy'])} after {control['total_steps']} steps. Latents "
-                f"after stage 1 ({stage1['total_steps']} steps) are {compare(stage1['accuracy'], control['accuracy'])} that."
+                f"after stage 1 ({stage1['total_steps']} steps) are {verdict} that."
             )
     sentences.append(
         f"With another question's latents accuracy is {percent(stage2['swapped'])}, and "
