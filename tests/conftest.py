@@ -189,4 +189,4 @@ def processor():
 def tiny():
     """Builders and ids of this file."""
     torch.set_num_threads(1)
-    return SimpleNamespace(**{name: value for name, value in globals().items() if not name.startswith("_")})
+    return SimpleNamespace(**{name: value for name, value in globals().items() if name[0] not in "_@"})

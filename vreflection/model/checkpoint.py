@@ -43,7 +43,7 @@ def read_header(path: Path) -> dict[str, tuple[int, ...]]:
         end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
         if path.stat().st_size < 8 + length + end:
             raise ValueError(f"{8 + length + end} bytes expected, {path.stat().st_size} found: the file was cut short")
-    except (ValueError, struct.error, KeyError, TypeError) as error:
+    except (ValueError, struct.error, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: not a whole safetensors file ({error}); copy or save it again") from error
     return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
 
@@ -56,7 +56,10 @@ def checkpoint_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index}: not a usable index ({error}); copy or save it again") from error
         missing = [name for name in names if not (folder / name).exists()]
         if missing:
             raise CheckpointError(f"{folder}: shards {missing} named in {index.name} are missing; copy them there")
@@ -122,8 +125,10 @@ def load_config(folder: Path, shapes: dict[str, tuple[int, ...]]) -> VReflection
         raise CheckpointError(f"{folder}: expected config.json, found none")
     try:
         values = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise CheckpointError(f"{file}: not valid JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{file}: expected an object, got {type(values).__name__}")
     if values.get("model_type") != VReflectionConfig.model_type:
         raise CheckpointError(
             f"{file}: expected model_type {VReflectionConfig.model_type!r}, got {values.get('model_type')!r}"

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.utils import ModelOutput
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ConfigError
 from ..losses import (
     LatentObjective,
     attention_kl,
@@ -104,6 +104,7 @@ class VReflectionForConditionalGeneration(CheckpointMixin, LatentGenerationMixin
 
         Raises:
             CheckpointError: stage 2 from anything but stage 1.
+            ConfigError: settings that contradict a teacher taken over from `base`.
         """
         if not isinstance(base, nn.Module):
             base = cls.from_pretrained(base)
@@ -113,6 +114,8 @@ class VReflectionForConditionalGeneration(CheckpointMixin, LatentGenerationMixin
                 f"stage 2 starts from a stage-1 checkpoint, got one of stage {base_stage!r}; train stage 1 first and "
                 "pass its folder (`vreflection train --config … --set model=<stage-1 folder>`)"
             )
+        if hasattr(base, "box_feature_resampler"):
+            check_teacher_settings(base.config, latent_settings)
         config = VReflectionConfig.from_base_config(base.config, stage, **latent_settings)
         with torch.device("meta"):
             model = cls(config)
@@ -324,6 +327,16 @@ class VReflectionForConditionalGeneration(CheckpointMixin, LatentGenerationMixin
             "latent_mse": latent_mse(latents, teacher.latents_BQD),
             "attention_kl": attention_kl(teacher.weights_BQN, student_on_support, self.objective.kl_reduction),
         }
+
+
+def check_teacher_settings(config: VReflectionConfig, settings: dict) -> None:
+    """Refuse settings that differ from those a taken-over teacher was built with."""
+    for name in ("num_latent_tokens", "region", "roi_output_size", "roi_sampling_ratio", "resampler_num_heads"):
+        if name in settings and settings[name] != getattr(config, name):
+            raise ConfigError(
+                f"{name}: the {config.stage.replace('stage', 'stage-')} teacher was trained with "
+                f"{getattr(config, name)!r}, got {settings[name]!r}; leave it out"
+            )
 
 
 def fill_slots(embeds, latents_BQD, layout: BatchLayout, slot_inputs, free_running) -> torch.Tensor:
