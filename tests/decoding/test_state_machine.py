@@ -115,7 +115,7 @@ def run(prompts, limits, table, steps, mode, penalty=1.0, force=False, given_lat
         state,
         rules,
         SamplingSettings(repetition_penalty=penalty),
-        forced_first=START if force else None,
+        forced_first=torch.full((len(prompts),), START) if force else None,
         latent_inputs=latents,
         record=True,
     )
@@ -239,8 +239,13 @@ def test_limits():
 
 
 def test_a_forced_start():
-    tokens, step, _ = script([7, 6, 6, 6, 8, EOS], forced_first=START)
+    tokens, step, _ = script([7, 6, 6, 6, 8, EOS], forced_first=torch.tensor([START]))
     assert tokens == [START, LVR, LVR, LVR, 8, EOS] and step.fed[0] == -START
+
+
+def test_rows_without_a_forced_start_pick_their_own():
+    tokens, step, _ = script([7, START, 6, 6, 6, EOS], forced_first=torch.tensor([-1]))
+    assert tokens == [7, START, LVR, LVR, LVR, EOS]
 
 
 def test_given_latents_replace_the_rows_own():

@@ -53,7 +53,7 @@ def decode(
     sampling: SamplingSettings,
     *,
     generator: torch.Generator | None = None,
-    forced_first: int | None = None,
+    forced_first: torch.Tensor | None = None,
     latent_inputs: torch.Tensor | None = None,
     record: bool = False,
     on_token: Callable[[torch.Tensor, torch.Tensor], None] | None = None,
@@ -62,7 +62,7 @@ def decode(
 
     Args:
         state: after the prompt (`DecodeState.after_prompt`).
-        forced_first: id emitted first by every row, whatever the logits say.
+        forced_first: `(B,)` ids emitted first, whatever the logits say; -1 leaves a row its own pick.
         latent_inputs: `(B, N, D)` states consumed inside spans instead of the row's own.
         record: keep inputs and hidden states in the trace.
         on_token: called with `(emitted, latent)` after each step.
@@ -72,7 +72,7 @@ def decode(
     while True:
         picked = pick_tokens(step, state, rules, sampling, hidden, generator, trace)
         if forced_first is not None and not trace.tokens:
-            picked = torch.full_like(picked, forced_first)
+            picked = torch.where(forced_first >= 0, forced_first, picked)
         state, emitted = advance(state, rules, hidden, picked)
         trace.tokens.append(emitted)
         trace.latent.append(state.mode)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -105,6 +107,18 @@ class ModelStep:
         return self.model.lm_head(hidden_BD)
 
 
+@contextmanager
+def eval_mode(module: torch.nn.Module) -> Iterator[None]:
+    """Every submodule in eval mode, and back: gradient checkpointing in training mode would drop the cache."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
 class LatentGenerationMixin:
     """`generate` for models with latent steps."""
 
@@ -158,39 +172,40 @@ class LatentGenerationMixin:
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         check_prompt(input_ids, attention_mask, streamer)
         expected_new = resolved.max_new_tokens + (steps if latent_mode == "clean" else 0)
-        step, hidden, positions = prefill(
-            self, input_ids, attention_mask, pixel_values, image_grid_thw, mm_token_type_ids, position_ids,
-            image_features, expected_new,
-        )  # fmt: skip
-        rules = DecodeRules(
-            latent_steps=steps,
-            lvr_start_id=self.config.lvr_start_id,
-            lvr_id=self.config.lvr_id,
-            pad_id=resolved.pad_token_id,
-            eos_ids=torch.tensor(resolved.eos_token_ids, dtype=torch.long, device=input_ids.device),
-            output_mode=latent_mode,
-            max_new_tokens=torch.full_like(input_ids[:, 0], resolved.max_new_tokens),
-        )
-        seen = None
-        if resolved.sampling.repetition_penalty != 1.0:
-            vocabulary = self.config.get_text_config().vocab_size
-            seen = torch.zeros(input_ids.shape[0], vocabulary, dtype=torch.bool, device=input_ids.device)
-            # scatter_add counts, so that a padding id that also occurs as a real token is still seen.
-            seen = seen.long().scatter_add(1, input_ids, attention_mask.long()) > 0
-        if streamer is not None:
-            streamer.put(input_ids.cpu())
-        opened = force_latent and not bool((input_ids[:, -1] == self.config.lvr_start_id).all())
-        trace = decode(
-            step,
-            DecodeState.after_prompt(input_ids[:, -1], hidden, positions, seen),
-            rules,
-            resolved.sampling,
-            generator=None if seed is None else torch.Generator(input_ids.device).manual_seed(seed),
-            forced_first=self.config.lvr_start_id if opened else None,
-            latent_inputs=latents,
-            record=return_latents,
-            on_token=None if streamer is None else stream_to(streamer, latent_mode),
-        )
+        with eval_mode(self):
+            step, hidden, positions = prefill(
+                self, input_ids, attention_mask, pixel_values, image_grid_thw, mm_token_type_ids, position_ids,
+                image_features, expected_new,
+            )  # fmt: skip
+            rules = DecodeRules(
+                latent_steps=steps,
+                lvr_start_id=self.config.lvr_start_id,
+                lvr_id=self.config.lvr_id,
+                pad_id=resolved.pad_token_id,
+                eos_ids=torch.tensor(resolved.eos_token_ids, dtype=torch.long, device=input_ids.device),
+                output_mode=latent_mode,
+                max_new_tokens=torch.full_like(input_ids[:, 0], resolved.max_new_tokens),
+            )
+            seen = None
+            if resolved.sampling.repetition_penalty != 1.0:
+                vocabulary = self.config.get_text_config().vocab_size
+                seen = torch.zeros(input_ids.shape[0], vocabulary, dtype=torch.bool, device=input_ids.device)
+                # scatter_add counts, so that a padding id that also occurs as a real token is still seen.
+                seen = seen.long().scatter_add(1, input_ids, attention_mask.long()) > 0
+            if streamer is not None:
+                streamer.put(input_ids.cpu())
+            opened = input_ids[:, -1] == self.config.lvr_start_id
+            trace = decode(
+                step,
+                DecodeState.after_prompt(input_ids[:, -1], hidden, positions, seen),
+                rules,
+                resolved.sampling,
+                generator=None if seed is None else torch.Generator(input_ids.device).manual_seed(seed),
+                forced_first=torch.where(opened, -1, self.config.lvr_start_id) if force_latent else None,
+                latent_inputs=latents,
+                record=return_latents,
+                on_token=None if streamer is None else stream_to(streamer, latent_mode),
+            )
         if streamer is not None:
             streamer.end()
         sequences = torch.cat([input_ids, torch.stack(trace.tokens, dim=1)], dim=1)
