@@ -27,7 +27,3 @@ def main() -> None:
     except KeyboardInterrupt:
         print("\nstopped; what was finished is kept, run the same command again to go on", file=sys.stderr)
         sys.exit(1)
-
-
-if __name__ == "__main__":
-    main()

@@ -111,9 +111,10 @@ def examples(model, processor, test: Sequence[Sample], cache: Cache, count: int)
     shown = list(test[:count])
     decoded = decode_answers(model, processor, shown, cache)
     forced = teacher_forced(model, processor, shown, cache)
-    swapped = decode_answers(
-        model, processor, shown, cache, latents=stack_latents(decoded, forced.latents[0])[swap_partners(shown)]
-    )
+    swapped: list[str | None] = [None] * len(shown)
+    if len({expected_answer(sample) for sample in shown}) > 1:
+        latents = stack_latents(decoded, forced.latents[0])[swap_partners(shown)]
+        swapped = decode_answers(model, processor, shown, cache, latents=latents).answers
     maps = free_running_maps(model, decoded, shown, cache)
     rows = []
     for i, sample in enumerate(shown):
@@ -128,7 +129,7 @@ def examples(model, processor, test: Sequence[Sample], cache: Cache, count: int)
                 "expected": expected_answer(sample),
                 "predicted": decoded.answers[i] or decoded.texts[i],
                 "correct": decoded.answers[i] == expected_answer(sample),
-                "predicted_swapped": swapped.answers[i],
+                "predicted_swapped": swapped[i],
                 "box": boxes[0],
                 "image": sample.image_paths[0],
                 "step_maps": steps,

@@ -16,6 +16,7 @@ from ..data.collate import Collator
 from ..data.encode import ImageTokens, LatentDataset
 from ..data.visual_cot import ReadReport, Sample, read_visual_cot
 from ..errors import CheckpointError, ConfigError, DataError
+from ..model.checkpoint import local_folder
 from ..model.config import STAGES
 from ..model.modeling import VReflectionForConditionalGeneration
 from ..model.processor import VReflectionProcessor
@@ -55,8 +56,9 @@ def check_start(settings: TrainSettings) -> None:
 
 
 def load_model(settings: TrainSettings) -> tuple[VReflectionForConditionalGeneration, VReflectionProcessor]:
+    folder = local_folder(settings.model)
     processor = VReflectionProcessor.from_pretrained(
-        settings.model, settings.data.min_visual_tokens, settings.data.max_visual_tokens
+        folder, settings.data.min_visual_tokens, settings.data.max_visual_tokens
     )
     ids = processor.token_ids
     token_ids = {
@@ -66,7 +68,7 @@ def load_model(settings: TrainSettings) -> tuple[VReflectionForConditionalGenera
         "lvr_end_id": ids.lvr_end,
     }
     base = VReflectionForConditionalGeneration.from_pretrained(
-        settings.model, dtype=torch.float32, attn_implementation=settings.attn_implementation
+        folder, dtype=torch.float32, attn_implementation=settings.attn_implementation
     )
     model = VReflectionForConditionalGeneration.from_base(base, settings.stage, **token_ids, **settings.latent.given())
     model.objective = settings.latent_objective()

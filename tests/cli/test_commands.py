@@ -1,0 +1,98 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from vreflection.cli import main
+from vreflection.training.config import load_settings
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """The command line in this process: a new one takes seconds to import its libraries."""
+    monkeypatch.chdir(ROOT)
+
+    def call(*arguments: str) -> SimpleNamespace:
+        monkeypatch.setattr(sys, "argv", ["vreflection", *arguments])
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        captured = capsys.readouterr()
+        return SimpleNamespace(returncode=code, stdout=captured.out, stderr=captured.err)
+
+    return call
+
+
+def test_as_a_module_in_its_own_process():
+    done = subprocess.run([sys.executable, "-m", "vreflection", "--help"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "quickstart" in done.stdout
+
+
+def test_info_names_versions_and_choices(run):
+    done = run("info", "--json")
+    found = json.loads(done.stdout)
+    assert done.returncode == 0 and found["versions"]["torch"].startswith("2.")
+    assert "reference" in found["choices"]["region_attention"]
+    plain = run("info")
+    assert plain.returncode == 0 and "transformers" in plain.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("train", "--config", "nowhere.yaml"), "nowhere.yaml does not exist"),
+        (("train", "--config", "configs/stage1_7b.yaml", "--set", "optimiser.learning_rate=1"), "unknown keys"),
+        (
+            ("train", "--config", "configs/stage1_7b.yaml", "--set", "model=''"),
+            "expected a base model folder or hub id",
+        ),
+        (("train", "--config", "configs/stage2_7b.yaml", "--set", "model=''"), "--set model=<stage-1 folder>"),
+        (("train", "--config", "configs/stage1_7b.yaml"), "data.train: expected a training file"),
+        (("quickstart", "--set", "data.trian=3"), "unknown keys ['trian']"),
+        (("quickstart", "--seeds", "one"), "expected numbers separated by commas"),
+    ],
+)
+def test_bad_input_exits_2_with_one_clear_line(run, arguments, message):
+    done = run(*arguments)
+    assert done.returncode == 2
+    assert message in done.stderr and "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: ")
+
+
+@pytest.mark.parametrize("name", ["stage1_3b", "stage1_7b", "stage2_3b", "stage2_7b"])
+def test_shipped_settings_load(run, name):
+    settings = load_settings(ROOT / "configs" / f"{name}.yaml")
+    assert settings.stage == name.split("_")[0]
+    assert settings.latent_objective().alignment_weight == (0.5 if settings.stage == "stage1" else None)
+    done = run("train", "--config", str(ROOT / "configs" / f"{name}.yaml"), "--check", "--json")
+    assert json.loads(done.stdout)["stage"] == settings.stage
+
+
+def test_train_command_trains_from_files(run, tmp_path):
+    from vreflection.quickstart.base import base_dir
+    from vreflection.quickstart.notes import write_dataset
+
+    rows = write_dataset(tmp_path / "data", "train", 4)
+    content = json.loads(rows.read_text())
+    content[3]["bboxes"] = [[0.5, 0.5, 0.2, 0.9]]
+    rows.write_text(json.dumps(content))
+    settings = tmp_path / "stage1.yaml"
+    settings.write_text(
+        f"stage: stage1\nmodel: {base_dir()}\noutput: {tmp_path / 'out'}\n"
+        f"data: {{train: {rows}, image_folder: {tmp_path / 'data' / 'images'}}}\n"
+        "trainer: {max_steps: 2, per_device_train_batch_size: 2, use_cpu: true}\n"
+    )
+    done = run("train", "--config", str(settings), "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["rows_dropped"] == 1
+    assert {p.name for p in (tmp_path / "out").iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}
+    refused = run("train", "--config", str(settings), "--set", f"model={tmp_path / 'nowhere'}")
+    assert refused.returncode == 2 and "expected a checkpoint folder" in refused.stderr

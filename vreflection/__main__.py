@@ -1,0 +1,3 @@
+from vreflection.cli import main
+
+main()
