@@ -1,0 +1,141 @@
+"""Settings files: known keys only, right types only, overridable from the command line."""
+
+import dataclasses
+
+import pytest
+import yaml
+
+from vreflection.errors import ConfigError
+from vreflection.training.config import FreeRunningSettings, TrainSettings, apply_override, build, load_settings
+
+
+@pytest.fixture
+def load(tmp_path):
+    def loaded(text, *overrides):
+        path = tmp_path / "run.yaml"
+        path.write_text(text)
+        return load_settings(path, list(overrides))
+
+    return loaded
+
+
+def test_a_whole_file(load):
+    settings = load(
+        """
+        stage: stage2
+        model: stage1-folder
+        data: {train: rows.json, max_length: 100}
+        latent: {region: roi_align, resampler_num_heads: null}
+        objective: {distillation_weight: 0.5, kl_reduction: mean_queries}
+        free_running: {maximum: 1, end: 0.75}
+        optimizer: {learning_rate: 1e-4, student_learning_rate: 2e-3}
+        trainer: {max_steps: 7}
+        """
+    )
+    assert (settings.stage, settings.model, settings.data.max_length) == ("stage2", "stage1-folder", 100)
+    assert settings.latent.given() == {"region": "roi_align"}
+    assert settings.free_running == FreeRunningSettings(1.0, 0.1, 0.75)
+    assert settings.optimizer.teacher_learning_rate is None and settings.trainer == {"max_steps": 7}
+    objective = settings.latent_objective()
+    assert (objective.distillation_weight, objective.kl_reduction, objective.alignment_weight) == (
+        0.5,
+        "mean_queries",
+        None,
+    )
+
+
+def test_numbers_that_yaml_reads_as_text(load):
+    settings = load("optimizer: {learning_rate: 1e-5, weight_decay: 0}", "optimizer.student_learning_rate=3e-4")
+    assert yaml.safe_load("1e-5") == "1e-5"  # or this test shows nothing
+    assert settings.optimizer.learning_rate == 1e-5 and settings.optimizer.student_learning_rate == 3e-4
+    assert isinstance(settings.optimizer.weight_decay, float)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stages: stage1", r"run.yaml: unknown keys \['stages'\]; known: .*'stage'"),
+        ("data: {trains: x}", r"run.yaml: data: unknown keys \['trains'\]; known: .*'train'"),
+        ("optimizer: {lr: 1}", r"optimizer: unknown keys \['lr'\]"),
+        ("data: rows.json", "data: expected a group of settings, got 'rows.json'"),
+        ("seed: one", r"run.yaml: seed: expected int, got 'one' \(str\)"),
+        ("seed: true", r"seed: expected int, got True \(bool\)"),
+        ("seed: 1.5", r"seed: expected int, got 1.5"),
+        ("resume: 1", r"resume: expected bool, got 1"),
+        ("optimizer: {learning_rate: fast}", "learning_rate: expected float, got 'fast'"),
+        ("optimizer: {learning_rate: true}", "learning_rate: expected float, got True"),
+        ("optimizer: {learning_rate: null}", "learning_rate: expected float, got None"),
+        ("latent: {region: 3}", "region: expected str or NoneType, got 3"),
+        ("trainer: [1]", r"trainer: expected dict.*, got \[1\]"),
+        ("stage: stage3", "stage: expected one of .*stage2.*, got 'stage3'"),
+        ("stage: base", "stage: expected one of .*, got 'base'"),
+        ("objective: {lamda: 1}", r"objective: unknown objective settings \['lamda'\]"),
+        ("objective: {alignment: both}", "objective: alignment: expected one of"),
+        ("free_running: {maximum: 2}", "free_running: expected 0 <= maximum <= 1"),
+        ("free_running: {start: 0.6, end: 0.5}", "free_running: expected .* start <= end"),
+        ("- a", "must hold a mapping, got list"),
+        ("", "must hold a mapping, got NoneType"),
+        ("a: [", "is not readable YAML"),
+    ],
+)
+def test_bad_files_are_named(load, text, message):
+    with pytest.raises(ConfigError, match=message):
+        load(text)
+
+
+def test_unreadable_files(tmp_path):
+    with pytest.raises(ConfigError, match="none.yaml does not exist"):
+        load_settings(tmp_path / "none.yaml")
+    (tmp_path / "x.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="is not readable YAML"):
+        load_settings(tmp_path / "x.yaml")
+    with pytest.raises(ConfigError, match="is not readable YAML"):
+        load_settings(tmp_path)
+
+
+def test_overrides_make_groups_and_win(load):
+    settings = load("seed: 1", "seed=2", "trainer.max_steps=5", "data.train=a=b.json", "objective.alignment=llm_only")
+    assert settings.seed == 2 and settings.trainer == {"max_steps": 5} and settings.data.train == "a=b.json"
+    assert settings.latent_objective().alignment == "llm_only"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("seed", "--set: expected key=value, got 'seed'"),
+        ("=3", "--set: expected key=value, got '=3'"),
+        ("seed.x=3", "--set seed.x=3: 'seed' is a single value, not a group"),
+        ("seed=[", r"--set seed=\[: the value is not YAML"),
+        ("seeds=3", r"unknown keys \['seeds'\]"),
+        ("data.trains=3", r"data: unknown keys \['trains'\]"),
+    ],
+)
+def test_bad_overrides_are_named(load, override, message):
+    with pytest.raises(ConfigError, match=message):
+        load("seed: 1", override)
+
+
+def test_overrides_nest_without_losing_neighbours():
+    values = {"data": {"train": "x"}}
+    apply_override(values, "data.max_length=5")
+    assert values == {"data": {"train": "x", "max_length": 5}}
+
+
+def test_settings_survive_being_written_down():
+    settings = build(TrainSettings, {"stage": "stage2", "objective": {"alignment": "llm_only"}, "seed": 3}, "here")
+    again = build(TrainSettings, yaml.safe_load(yaml.safe_dump(dataclasses.asdict(settings))), "there")
+    assert again == settings
+
+
+def test_the_alignment_draws_from_the_runs_seed():
+    assert TrainSettings(seed=5).latent_objective().alignment_seed == 5
+    assert TrainSettings(seed=5, objective={"alignment_seed": 9}).latent_objective().alignment_seed == 9
+
+
+def test_free_running_schedule():
+    ramp = FreeRunningSettings(maximum=0.8, start=0.25, end=0.75)
+    expected = {0.0: 0.0, 0.25: 0.0, 0.375: 0.2, 0.5: 0.4, 0.75: 0.8, 0.9: 0.8, 1.0: 0.8}
+    assert {p: pytest.approx(ramp.share(p)) for p in expected} == expected
+    jump = FreeRunningSettings(maximum=1.0, start=0.5, end=0.5)
+    assert (jump.share(0.5), jump.share(0.5001), jump.share(1.0)) == (0.0, 1.0, 1.0)
+    assert all(FreeRunningSettings().share(p / 10) == 0 for p in range(11))
