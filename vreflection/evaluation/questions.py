@@ -83,7 +83,7 @@ def decode_answers(
 
     Args:
         latents: `(len(samples), Q, D)` states to consume instead of the model's own.
-        generate_settings: for `model.generate`.
+        generate_settings: for `model.generate`; `do_sample` is off unless given, whatever the checkpoint says.
     """
     model.eval()
     result, collate = Decoded(), Collator(processor.token_ids.pad, padding_side="left")
@@ -97,8 +97,9 @@ def decode_answers(
             max_new_tokens=max_new_tokens,
             return_dict_in_generate=True,
             return_latents=True,
-            **generate_settings,
+            **{"do_sample": False, **generate_settings},
         )
+        assert output.sequences is not None and output.latents is not None and output.probes is not None
         new = output.sequences[:, batch["input_ids"].shape[1] :].cpu()
         for row in range(len(new)):
             note_row(result, processor, new[row], output.latents[row].cpu(), output.probes[row].cpu())
