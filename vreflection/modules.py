@@ -46,8 +46,8 @@ class CrossAttentionResampler(nn.Module):
         self.cross_attn._reset_parameters()
         self.output_norm.reset_parameters()
 
-    def resample(self, queries: torch.Tensor, tokens: torch.Tensor, plan: RegionPlan, need_attention: bool = True):
-        """Latents `(B, Q, D)` and, if asked, head-averaged attention `(B, Q, N)` on the plan's tokens.
+    def resample(self, queries: torch.Tensor, tokens: torch.Tensor, plan: RegionPlan) -> tuple[torch.Tensor, torch.Tensor]:
+        """Latents `(B, Q, D)` and head-averaged attention `(B, Q, N)` on the plan's tokens.
 
         `queries` is `(Q, D)`, shared by all boxes, or `(B, Q, D)`.
         """
@@ -63,7 +63,7 @@ class CrossAttentionResampler(nn.Module):
         context, weights = region_attention(rows, tokens, plan)
         values = project_context(context, attention.in_proj_weight, attention.in_proj_bias, self.num_heads)
         latents = self.output_norm(attention.out_proj(values))
-        return latents, head_mean(weights, self.num_heads) if need_attention else None
+        return latents, head_mean(weights, self.num_heads)
 
 
 class BoxGuidedCompression(CrossAttentionResampler):
@@ -138,7 +138,7 @@ class BoxGuidedCompression(CrossAttentionResampler):
             ValueError: shapes disagree, or a box covers no token or is not finite.
         """
         plan = self.plan(tokens, grids, boxes, box_image)
-        latents, weights = self.resample(self.queries[0], tokens, plan, return_attention)
+        latents, weights = self.resample(self.queries[0], tokens, plan)
         return (latents, plan.image_maps(weights)) if return_attention else latents
 
 
@@ -174,5 +174,5 @@ class DynamicAutoregressiveCompression(CrossAttentionResampler):
                 f"probes: expected ({plan.num_boxes}, Q, {self.hidden_size}) to match box_image, "
                 f"got {tuple(probes.shape)}"
             )
-        latents, weights = self.resample(probes, tokens, plan, return_attention)
+        latents, weights = self.resample(probes, tokens, plan)
         return (latents, plan.image_maps(weights)) if return_attention else latents

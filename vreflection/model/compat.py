@@ -14,7 +14,9 @@ def check_transformers_version(version: str) -> None:
         ImportError: naming the installed version, the reason and the command that mends it.
     """
     match = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", version)
-    parts = tuple(int(p or 0) for p in match.groups()) if match else (0, 0, 0)
+    parts: tuple[int, ...] = (0, 0, 0)
+    if match:
+        parts = tuple(int(part or 0) for part in match.groups())
     if parts >= MINIMUM_TRANSFORMERS:
         return
     wanted = ".".join(map(str, MINIMUM_TRANSFORMERS))

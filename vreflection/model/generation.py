@@ -189,9 +189,9 @@ class LatentGenerationMixin:
             seen = None
             if resolved.sampling.repetition_penalty != 1.0:
                 vocabulary = self.config.get_text_config().vocab_size
-                seen = torch.zeros(input_ids.shape[0], vocabulary, dtype=torch.bool, device=input_ids.device)
-                # scatter_add counts, so that a padding id that also occurs as a real token is still seen.
-                seen = seen.long().scatter_add(1, input_ids, attention_mask.long()) > 0
+                # Counting keeps a padding id that also occurs as a real token.
+                counts = torch.zeros(input_ids.shape[0], vocabulary, dtype=torch.long, device=input_ids.device)
+                seen = counts.scatter_add(1, input_ids, attention_mask.long()) > 0
             if streamer is not None:
                 streamer.put(input_ids.cpu())
             opened = input_ids[:, -1] == self.config.lvr_start_id
@@ -312,18 +312,19 @@ def stream_to(streamer, latent_mode: str):
 
 
 def collect(sequences: torch.Tensor, trace: DecodeTrace, steps: int, with_latents: bool) -> LatentGenerateOutput:
-    output = LatentGenerateOutput(sequences=sequences, latent_mask=torch.stack(trace.latent, dim=1))
+    latent_mask = torch.stack(trace.latent, dim=1)
     if not with_latents:
-        return output
-    output.step_hidden = torch.stack(trace.hidden, dim=1)
-    output.latents, output.probes = [], []
-    width = output.step_hidden.shape[2]
-    fed = torch.stack(trace.fed, dim=1) if trace.fed else output.step_hidden[:, :0]
-    fed_latent = torch.stack(trace.fed_latent, dim=1) if trace.fed_latent else output.latent_mask[:, :0]
+        return LatentGenerateOutput(sequences=sequences, latent_mask=latent_mask)
+    step_hidden = torch.stack(trace.hidden, dim=1)
+    fed = torch.stack(trace.fed, dim=1) if trace.fed else step_hidden[:, :0]
+    fed_latent = torch.stack(trace.fed_latent, dim=1) if trace.fed_latent else latent_mask[:, :0]
+    latents, probes = [], []
     for row, mask in enumerate(fed_latent):
         # Step t + 1's hidden state is what came out of consuming the input fed after step t.
-        states = fed[row][mask], output.step_hidden[row, 1:][mask]
+        states = fed[row][mask], step_hidden[row, 1:][mask]
         whole = len(states[0]) // steps * steps if steps else 0
-        for target, value in zip((output.latents, output.probes), states):
-            target.append(value[:whole].view(-1, max(steps, 1), width))
-    return output
+        for target, value in zip((latents, probes), states):
+            target.append(value[:whole].view(-1, max(steps, 1), step_hidden.shape[2]))
+    return LatentGenerateOutput(
+        sequences=sequences, latent_mask=latent_mask, latents=latents, probes=probes, step_hidden=step_hidden
+    )

@@ -70,7 +70,7 @@ class VReflectionForConditionalGeneration(CheckpointMixin, LatentGenerationMixin
     config: VReflectionConfig  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(self, config: VReflectionConfig):
-        super().__init__(config)
+        super().__init__(config)  # pyright: ignore[reportCallIssue]
         traits, width = config.traits, config.hidden_width
         if traits.teacher:
             self.box_feature_resampler = BoxGuidedCompression(

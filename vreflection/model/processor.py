@@ -163,7 +163,7 @@ class VReflectionProcessor:
 
     def decode(self, ids: Iterable[int] | Tensor, skip_special_tokens: bool = True) -> str:
         """Text of one row of token ids."""
-        values = ids.tolist() if isinstance(ids, Tensor) else [int(value) for value in ids]
+        values = [int(value) for value in ids]
         return self.tokenizer.decode(values, skip_special_tokens=skip_special_tokens)
 
 

@@ -99,13 +99,12 @@ def initialise(model: nn.Module) -> None:
 
     with torch.no_grad():
         for module in model.modules():
-            weight = getattr(module, "weight", None)
             if isinstance(module, torch.nn.Linear | torch.nn.Conv3d):
-                weight.normal_(0, weight[0].numel() ** -0.5)
+                module.weight.normal_(0, module.weight[0].numel() ** -0.5)
                 if module.bias is not None:
                     module.bias.zero_()
             elif isinstance(module, torch.nn.Embedding):
-                weight.normal_(0, weight.shape[1] ** -0.5)
+                module.weight.normal_(0, module.weight.shape[1] ** -0.5)
 
 
 def autocast_bf16() -> bool:
