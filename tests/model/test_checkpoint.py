@@ -297,3 +297,13 @@ def test_an_error_of_ones_own_while_saving_is_not_hidden(tiny, tmp_path, monkeyp
     with pytest.raises(ZeroDivisionError):
         built.save_pretrained(tmp_path / "x", state_dict=type("Bad", (dict,), {"items": lambda self: 1 / 0})())
     assert not list(tmp_path.iterdir())
+
+
+def test_hub_ids_download_no_pickles(saved, monkeypatch, tmp_path):
+    built, folder = saved("stage1")
+    asked = {}
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **k: asked.update(name=name, **k) or folder)
+    monkeypatch.chdir(tmp_path)
+    assert same_weights(built, Model.from_pretrained("owner/name", revision="v1", expect_stage="stage1"))
+    assert (asked["name"], asked["revision"]) == ("owner/name", "v1")
+    assert not any(pattern.endswith((".bin", ".pt", "*")) for pattern in asked["allow_patterns"])

@@ -131,3 +131,23 @@ def test_the_attention_implementation_of_the_base_is_kept(tiny):
     one = start(tiny, host, "stage1")
     for part in (one.model.language_model, one.model.visual):
         assert part.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage2"])
+def test_a_model_built_from_its_config_initialises_the_modules_alike(tiny, stage):
+    """The host library's own initialisation must not reach into them."""
+    from vreflection.model.config import VReflectionConfig
+
+    torch.manual_seed(0)
+    settings = {**tiny.LATENT_SETTINGS, "query_init_std": 0.5}
+    built = Model(VReflectionConfig.from_base_config(tiny.host_config(), stage, **settings))
+    modules = [built.box_feature_resampler] + ([built.student_resampler] if stage == "stage2" else [])
+    for module in modules:
+        attention = module.cross_attn
+        assert (
+            0.8 * (6 / (4 * tiny.WIDTH)) ** 0.5 < attention.in_proj_weight.abs().max() <= (6 / (4 * tiny.WIDTH)) ** 0.5
+        )
+        assert 0.8 * tiny.WIDTH**-0.5 < attention.out_proj.weight.abs().max() <= tiny.WIDTH**-0.5
+        assert attention.in_proj_bias.abs().max() == attention.out_proj.bias.abs().max() == 0
+        assert (module.output_norm.weight == 1).all()
+    assert abs(built.box_feature_resampler.queries.std().item() - 0.5) < 0.15
