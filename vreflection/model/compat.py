@@ -14,9 +14,7 @@ def check_transformers_version(version: str) -> None:
         ImportError: naming the installed version, the reason and the command that mends it.
     """
     match = re.match(r"(\d+)\.(\d+)(?:\.(\d+))?", version)
-    parts: tuple[int, ...] = (0, 0, 0)
-    if match:
-        parts = tuple(int(part or 0) for part in match.groups())
+    parts = tuple(int(part or 0) for part in (match.groups() if match else ()))
     if parts >= MINIMUM_TRANSFORMERS:
         return
     wanted = ".".join(map(str, MINIMUM_TRANSFORMERS))

@@ -169,12 +169,12 @@ class LatentGenerationMixin:
         """
         resolved = resolve_settings(generation_config or self.generation_config, settings)
         steps, latents = resolve_latents(self, latent_steps, allow_other_latent_steps, latents, input_ids.shape[0])
-        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        check_prompt(input_ids, attention_mask, streamer)
+        mask: torch.Tensor = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        check_prompt(input_ids, mask, streamer)
         expected_new = resolved.max_new_tokens + (steps if latent_mode == "clean" else 0)
         with eval_mode(self):
             step, hidden, positions = prefill(
-                self, input_ids, attention_mask, pixel_values, image_grid_thw, mm_token_type_ids, position_ids,
+                self, input_ids, mask, pixel_values, image_grid_thw, mm_token_type_ids, position_ids,
                 image_features, expected_new,
             )  # fmt: skip
             rules = DecodeRules(
@@ -191,7 +191,7 @@ class LatentGenerationMixin:
                 vocabulary = self.config.get_text_config().vocab_size
                 # Counting keeps a padding id that also occurs as a real token.
                 counts = torch.zeros(input_ids.shape[0], vocabulary, dtype=torch.long, device=input_ids.device)
-                seen = counts.scatter_add(1, input_ids, attention_mask.long()) > 0
+                seen = counts.scatter_add(1, input_ids, mask.long()) > 0
             if streamer is not None:
                 streamer.put(input_ids.cpu())
             opened = input_ids[:, -1] == self.config.lvr_start_id
