@@ -20,8 +20,9 @@ def pair(kind, **settings):
 
 def agree(left, right):
     """Correctness gate before any timing."""
-    scale = right.float().abs().max()
-    assert (left.float() - right.float()).abs().max() < (2e-2 if DTYPE == torch.bfloat16 else 1e-4) * scale
+    allowed = (2e-2 if DTYPE == torch.bfloat16 else 1e-4) * right.float().abs().max()
+    error = (left.float() - right.float()).abs().max()
+    assert error < allowed, f"error {error:.2e}, allowed {allowed:.2e}"
 
 
 @pytest.mark.parametrize("direction", ["forward", "forward_backward"])

@@ -46,7 +46,9 @@ class CrossAttentionResampler(nn.Module):
         self.cross_attn._reset_parameters()
         self.output_norm.reset_parameters()
 
-    def resample(self, queries: torch.Tensor, tokens: torch.Tensor, plan: RegionPlan) -> tuple[torch.Tensor, torch.Tensor]:
+    def resample(
+        self, queries: torch.Tensor, tokens: torch.Tensor, plan: RegionPlan
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Latents `(B, Q, D)` and head-averaged attention `(B, Q, N)` on the plan's tokens.
 
         `queries` is `(Q, D)`, shared by all boxes, or `(B, Q, D)`.
