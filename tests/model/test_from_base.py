@@ -133,21 +133,25 @@ def test_the_attention_implementation_of_the_base_is_kept(tiny):
         assert part.config._attn_implementation == "eager"
 
 
-@pytest.mark.parametrize("stage", ["stage1", "stage2"])
-def test_a_model_built_from_its_config_initialises_the_modules_alike(tiny, stage):
+@pytest.mark.parametrize("through_host", [False, True])
+def test_a_model_built_from_its_config_initialises_the_modules_alike(tiny, through_host):
     """The host library's own initialisation must not reach into them."""
     from vreflection.model.config import VReflectionConfig
 
     torch.manual_seed(0)
     settings = {**tiny.LATENT_SETTINGS, "query_init_std": 0.5}
-    built = Model(VReflectionConfig.from_base_config(tiny.host_config(), stage, **settings))
-    modules = [built.box_feature_resampler] + ([built.student_resampler] if stage == "stage2" else [])
+    built = Model(VReflectionConfig.from_base_config(tiny.host_config(), "stage2", **settings))
+    modules = (built.box_feature_resampler, built.student_resampler)
+    if through_host:
+        for module in modules:
+            for parameter in module.parameters():
+                torch.nn.init.constant_(parameter, float("nan"))
+        built.init_weights()
+    xavier = (6 / (4 * tiny.WIDTH)) ** 0.5
     for module in modules:
         attention = module.cross_attn
-        assert (
-            0.8 * (6 / (4 * tiny.WIDTH)) ** 0.5 < attention.in_proj_weight.abs().max() <= (6 / (4 * tiny.WIDTH)) ** 0.5
-        )
+        assert 0.8 * xavier < attention.in_proj_weight.abs().max() <= xavier
         assert 0.8 * tiny.WIDTH**-0.5 < attention.out_proj.weight.abs().max() <= tiny.WIDTH**-0.5
         assert attention.in_proj_bias.abs().max() == attention.out_proj.bias.abs().max() == 0
-        assert (module.output_norm.weight == 1).all()
+        assert (module.output_norm.weight == 1).all() and (module.output_norm.bias == 0).all()
     assert abs(built.box_feature_resampler.queries.std().item() - 0.5) < 0.15

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from vreflection.errors import CheckpointError, ConfigError, DataError
+from vreflection.losses import stochastic_side
 from vreflection.model.modeling import VReflectionForConditionalGeneration as Model
 from vreflection.model.processor import VReflectionProcessor
 from vreflection.training.config import OptimizerSettings, TrainSettings, build
@@ -279,3 +280,13 @@ def test_trainer_arguments(settings):
         training_arguments(settings("stage1", "x", trainer={"max_step": 3}))
     with pytest.raises(ConfigError, match=r"\['seed'\] are set by the package \(seed: use the top-level `seed`\)"):
         training_arguments(settings("stage1", "x", trainer={"seed": 3}))
+
+
+def test_stochastic_alignment_goes_by_the_step(settings, workplace):
+    seed = next(n for n in range(99) if [stochastic_side(n, step, 0.5) for step in range(3)] == [True, True, False])
+    teachers = []
+    for steps in (1, 2, 3):  # only the third step's gradient goes to the teacher
+        torch.manual_seed(0)
+        change = {"objective": {"alignment": "stochastic", "alignment_seed": seed}, "trainer": {"max_steps": steps}}
+        teachers.append(run_training(settings("stage1", "stochastic", **change)).model.box_feature_resampler.queries)
+    assert torch.equal(teachers[0], teachers[1]) and not torch.equal(teachers[1], teachers[2])

@@ -88,8 +88,12 @@ class VReflectionForConditionalGeneration(CheckpointMixin, LatentGenerationMixin
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, CrossAttentionResampler):
-            # The host library visits children first and would leave its own initialisation in them.
+        # The host library visits children first and would leave its own initialisation in them; it skips modules
+        # without parameters of their own, so the attention itself must be caught.
+        if isinstance(module, nn.MultiheadAttention):
+            module.out_proj.reset_parameters()
+            module._reset_parameters()
+        elif isinstance(module, CrossAttentionResampler):
             module.reset_parameters()
 
     @classmethod
