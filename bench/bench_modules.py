@@ -20,7 +20,7 @@ def pair(kind, **settings):
 
 def agree(left, right):
     """Correctness gate before any timing."""
-    allowed = (2e-2 if DTYPE == torch.bfloat16 else 1e-4) * right.float().abs().max()
+    allowed = (2e-2 if torch.bfloat16 == DTYPE else 1e-4) * right.float().abs().max()
     error = (left.float() - right.float()).abs().max()
     assert error < allowed, f"error {error:.2e}, allowed {allowed:.2e}"
 
