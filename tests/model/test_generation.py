@@ -94,6 +94,17 @@ def test_mixed_starts_in_one_batch(tiny, mode):
     check_alone(tiny, model, which, together, {"latent_mode": mode}, opened)
 
 
+def test_padding_is_not_penalised(tiny):
+    """Whatever id fills the gap; a token that the prompt does hold is penalised even if it is also the padding."""
+    model, settings = lively(tiny, "sft"), {"repetition_penalty": 3.0, "max_new_tokens": 8, "eos_token_id": 300}
+    single = prompt(tiny, [1])
+    alone = new_tokens(full(model, single, **settings), single)[0].tolist()
+    for padding in {*alone, 20}:
+        batch = prompt(tiny, [0, 1])
+        batch["input_ids"] = torch.where(batch["attention_mask"] == 1, batch["input_ids"], padding)
+        assert new_tokens(full(model, batch, **settings), batch)[1].tolist() == alone
+
+
 def host_of(tiny, model):
     host = Qwen2_5_VLForConditionalGeneration(tiny.host_config()).eval()
     host.load_state_dict(model.state_dict(), strict=False)
