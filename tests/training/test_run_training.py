@@ -278,7 +278,7 @@ def test_trainer_arguments(settings):
     assert made.remove_unused_columns is False and made.label_names == ["labels"]
     with pytest.raises(ConfigError, match=r"trainer: unknown keys \['max_step'\]"):
         training_arguments(settings("stage1", "x", trainer={"max_step": 3}))
-    with pytest.raises(ConfigError, match=r"\['seed'\] are set by the package \(seed: use the top-level `seed`\)"):
+    with pytest.raises(ConfigError, match=r"\['seed'\] have another home: `seed` and `output` at the top level"):
         training_arguments(settings("stage1", "x", trainer={"seed": 3}))
 
 

@@ -3,6 +3,7 @@
 Shape legend: L tokens, I images, n boxes, P patches, N visual tokens of all images of the sample, D their width.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,8 @@ from vreflection.data.template import (
 )
 from vreflection.data.visual_cot import Sample
 from vreflection.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 IGNORE_INDEX = -100
 # One image's features (N, D) and its grid_thw, as a feature cache stores them.
@@ -240,6 +243,7 @@ class LatentDataset(Dataset[EncodedSample]):
         slot_style, num_latents, max_length: as in `encode_sample`.
         feature_cache: image path -> (visual tokens (N, D), grid_thw). When given, image files are not opened and
             every image must be in it.
+        skip_unusable: an unusable sample is logged once, by file and row, and its place taken by the next usable one.
 
     `__getitem__` raises `DataError` for an unusable sample.
     """
@@ -253,6 +257,7 @@ class LatentDataset(Dataset[EncodedSample]):
         num_latents: int = 8,
         max_length: int | None = None,
         feature_cache: Mapping[str, ImageTokens] | None = None,
+        skip_unusable: bool = False,
     ):
         check_slot_style(slot_style)
         self.samples = samples
@@ -261,11 +266,28 @@ class LatentDataset(Dataset[EncodedSample]):
         self.num_latents = num_latents
         self.max_length = max_length
         self.feature_cache = feature_cache
+        self.skip_unusable = skip_unusable
+        self.dropped: dict[int, DataError] = {}
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> EncodedSample:
+        if not self.skip_unusable:
+            return self.encode(index)
+        for step in range(len(self.samples)):
+            place = (index + step) % len(self.samples)
+            if place in self.dropped:
+                continue
+            try:
+                return self.encode(place)
+            except DataError as error:
+                self.dropped[place] = error
+                logger.warning("row dropped (%s): %s", error.reason, error)
+        raise DataError("no-rows", f"none of the {len(self.samples)} samples is usable; the log says why for each")
+
+    def encode(self, index: int) -> EncodedSample:
+        """The sample at `index` itself."""
         sample = self.samples[index]
         return encode_sample(
             sample,

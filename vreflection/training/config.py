@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from dataclasses import dataclass, field, fields
@@ -25,6 +26,10 @@ class DataSettings:
     max_length: int = 16384
     min_visual_tokens: int | None = None
     max_visual_tokens: int | None = None
+
+    def __post_init__(self):
+        if self.max_length < 1:
+            raise ConfigError(f"data.max_length: expected at least 1, got {self.max_length}")
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,12 @@ class OptimizerSettings:
     student_learning_rate: float | None = None
     weight_decay: float = 0.1
 
+    def __post_init__(self):
+        for name in ("learning_rate", "teacher_learning_rate", "student_learning_rate", "weight_decay"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value >= 0):
+                raise ConfigError(f"optimizer.{name}: expected a finite number of at least 0, got {value}")
+
 
 @dataclass(frozen=True)
 class TrainSettings:
@@ -106,11 +117,18 @@ class TrainSettings:
             raise ConfigError(f"stage: expected one of {sorted(set(STAGES) - {'base'})}, got {self.stage!r}")
         try:
             self.latent_objective()
+        except ConfigError:
+            raise
         except ValueError as error:
             raise ConfigError(f"objective: {error}") from error
 
     def latent_objective(self) -> LatentObjective:
-        return LatentObjective.for_stage(self.stage, **{"alignment_seed": self.seed, **self.objective})
+        kinds = typing.get_type_hints(LatentObjective)
+        given = {
+            name: convert(kinds[name], value, f"objective.{name}") if name in kinds else value
+            for name, value in self.objective.items()
+        }
+        return LatentObjective.for_stage(self.stage, **{"alignment_seed": self.seed, **given})
 
 
 def load_settings(path: str | Path, overrides: list[str] | None = None) -> TrainSettings:
@@ -152,7 +170,7 @@ def apply_override(values: dict[str, Any], override: str) -> None:
 def build(kind: type, values: dict[str, Any], where: str):
     """A settings dataclass from plain values, refusing unknown keys and wrong types."""
     known = typing.get_type_hints(kind)
-    unknown = sorted(set(values) - set(known))
+    unknown = sorted(str(name) for name in values if name not in known)
     if unknown:
         raise ConfigError(f"{where}: unknown keys {unknown}; known: {sorted(known)}")
     return kind(**{name: convert(known[name], value, f"{where}: {name}") for name, value in values.items()})

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from ..model.generation import ModelStep
+from ..model.generation import ModelStep, eval_mode
 from ..model.layout import BatchLayout
 from ..model.modeling import VReflectionForConditionalGeneration
 
@@ -43,9 +43,7 @@ def roll_out(
     Returns:
         slot inputs `(B, Q, D)`, zero where not rolled out, and `(B,)` bool saying where they were.
     """
-    was_training = model.training
-    model.eval()  # gradient checkpointing in training mode would drop the cache
-    try:
+    with eval_mode(model):  # gradient checkpointing in training mode would drop the cache
         embeds = model.embed(input_ids, tokens_TD, layout)
         span_sample = torch.from_numpy(layout.box_sample)
         free = chosen[span_sample]
@@ -59,11 +57,9 @@ def roll_out(
             inputs_BQD[active] = roll_out_spans(model, embeds, position_ids, layout.slot_index_BQ[active])
             flat = embeds.flatten(0, 1)
             flat[layout.slot_index_BQ[active].flatten()] = inputs_BQD[active].flatten(0, 1)
-        return inputs_BQD, free.to(input_ids.device)
-    finally:
-        model.train(was_training)
-        # Casts cached while gradients were off would be reused, without a graph, by the training pass.
-        torch.clear_autocast_cache()
+    # Casts cached while gradients were off could be reused, without a graph, by the training pass.
+    torch.clear_autocast_cache()
+    return inputs_BQD, free.to(input_ids.device)
 
 
 def roll_out_spans(model, embeds_SLD, position_ids, slot_index_BQ) -> torch.Tensor:

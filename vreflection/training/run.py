@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 import yaml
-from torch.utils.data import Dataset
 from transformers import PrinterCallback, TrainerCallback, set_seed
+from transformers.trainer_utils import get_last_checkpoint
 
 from ..data.collate import Collator
 from ..data.encode import ImageTokens, LatentDataset
@@ -55,6 +55,28 @@ def check_start(settings: TrainSettings) -> None:
         raise ConfigError("output: expected a folder for the checkpoint, got none; --set output=<folder>")
 
 
+def check_image_folder(settings: TrainSettings) -> str | None:
+    folder = settings.data.image_folder
+    if folder is not None and not Path(folder).is_dir():
+        raise ConfigError(
+            f"data.image_folder: expected a folder, got {folder!r}; --set data.image_folder=<folder of the images>"
+        )
+    return folder
+
+
+def resume_point(settings: TrainSettings) -> str | None:
+    """The newest trainer checkpoint in `output`, or `None` when not resuming."""
+    if not settings.resume:
+        return None
+    found = get_last_checkpoint(settings.output) if Path(settings.output).is_dir() else None
+    if found is None:
+        raise CheckpointError(
+            f"resume: expected a trainer checkpoint (checkpoint-<step>) in {settings.output!r}, found none; "
+            "start without resume, and save some with trainer.save_strategy=steps"
+        )
+    return found
+
+
 def load_model(settings: TrainSettings) -> tuple[VReflectionForConditionalGeneration, VReflectionProcessor]:
     folder = local_folder(settings.model)
     processor = VReflectionProcessor.from_pretrained(
@@ -95,23 +117,25 @@ def run_training(
         ConfigError, CheckpointError, DataError: before any step, with what to change.
     """
     check_start(settings)
+    resume_from = resume_point(settings)
     # Before the model: initial queries and projections are drawn from this seed.
     set_seed(settings.seed)
     report = None
     if samples is None:
         if not settings.data.train:
             raise ConfigError("data.train: expected a training file, got none; --set data.train=<file>")
-        samples, report = read_visual_cot(settings.data.train, settings.data.image_folder)
+        samples, report = read_visual_cot(settings.data.train, check_image_folder(settings))
         if not samples:
             raise DataError("no-rows", f"no usable training row: {report.summary()}", settings.data.train)
     model, processor = load_model(settings)
-    dataset: Dataset = LatentDataset(
+    dataset = LatentDataset(
         samples,
         processor,
         STAGES[settings.stage].slot_style,  # pyright: ignore[reportArgumentType]
         num_latents=model.config.num_latent_tokens,
         max_length=settings.data.max_length,
         feature_cache=feature_cache,
+        skip_unusable=True,
     )
     trainer = LatentTrainer(
         model,
@@ -124,8 +148,13 @@ def run_training(
     )
     if on_step is not None:
         trainer.remove_callback(PrinterCallback)
-    outcome = trainer.train(resume_from_checkpoint=settings.resume or None)
+    outcome = trainer.train(resume_from_checkpoint=resume_from)
     steps = max(trainer.state.global_step, 1)
+    if report is not None:
+        # Loader workers keep their own tally; what they drop is in the log.
+        report.kept -= len(dataset.dropped)
+        for error in dataset.dropped.values():
+            report.drop(error)
     output = Path(settings.output)
     model.save_pretrained(output)
     processor.save_pretrained(output)

@@ -24,17 +24,39 @@ def training_arguments(settings: TrainSettings) -> TrainingArguments:
     unknown = sorted(set(settings.trainer) - known)
     if unknown:
         raise ConfigError(f"trainer: unknown keys {unknown}; see transformers.TrainingArguments")
-    fixed = {"remove_unused_columns": False, "label_names": ["labels"], "seed": settings.seed}
+    fixed = {
+        "remove_unused_columns": False,
+        "label_names": ["labels"],
+        "seed": settings.seed,
+        "output_dir": settings.output,
+        "learning_rate": settings.optimizer.learning_rate,
+        "weight_decay": settings.optimizer.weight_decay,
+    }
     clash = sorted(set(fixed) & set(settings.trainer))
     if clash:
-        raise ConfigError(f"trainer: {clash} are set by the package (seed: use the top-level `seed`)")
+        raise ConfigError(
+            f"trainer: {clash} have another home: `seed` and `output` at the top level, rates and decay under "
+            "`optimizer`"
+        )
     defaults = {"report_to": "none", "logging_steps": 10, "save_strategy": "no", "adam_beta2": 0.999}
-    return TrainingArguments(
-        output_dir=settings.output,
-        learning_rate=settings.optimizer.learning_rate,
-        weight_decay=settings.optimizer.weight_decay,
-        **{**defaults, **fixed, **settings.trainer},
-    )
+    given = {name: as_number(value) for name, value in settings.trainer.items()}
+    for name in ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps"):
+        if name in given and (isinstance(given[name], bool) or not isinstance(given[name], int)):
+            raise ConfigError(f"trainer: {name}: expected an integer, got {given[name]!r}")
+    try:
+        return TrainingArguments(**{**defaults, **fixed, **given})
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"trainer: {error}") from error
+
+
+def as_number(value: Any) -> Any:
+    """YAML 1.1 reads 1e-5 as a string; the host library does not convert."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        return value
 
 
 def parameter_groups(model: nn.Module, settings: OptimizerSettings) -> list[dict[str, Any]]:

@@ -1,0 +1,109 @@
+"""What a user gets wrong in rows and settings, beyond unknown keys."""
+
+import json
+import logging
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vreflection.errors import CheckpointError, ConfigError, DataError
+from vreflection.training.config import TrainSettings, build
+from vreflection.training.run import run_training
+from vreflection.training.trainer import training_arguments
+
+
+@pytest.fixture
+def settings(tiny, tmp_path):
+    """Stage-1 settings over four rows; row 2 has a truncated image, row 3 a text far too long."""
+    tiny.host_model().save_pretrained(tmp_path / "base")
+    tiny.processor().save_pretrained(tmp_path / "base")
+    (tmp_path / "images").mkdir()
+    rows = []
+    for number in range(4):
+        pixels = np.random.default_rng(number).integers(0, 256, (56, 84, 3), dtype=np.uint8)
+        path = tmp_path / "images" / f"{number}.png"
+        Image.fromarray(pixels).save(path)
+        if number == 1:
+            path.write_bytes(path.read_bytes()[:200])
+        turns = [{"from": "human", "value": "<image>\nq?" + "x" * 600 * (number == 2)}]
+        turns.append({"from": "gpt", "value": "<lvr>\n<answer> a </answer>"})
+        row = {"dataset": "any", "question_id": number, "image": f"{number}.png", "conversations": turns}
+        rows.append({**row, "bboxes": [[0.1, 0.2, 0.6, 0.7]]})
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+
+    def make(**changes):
+        values = {
+            "stage": "stage1",
+            "model": str(tmp_path / "base"),
+            "output": str(tmp_path / "out"),
+            "data": {
+                "train": str(tmp_path / "rows.json"),
+                "image_folder": str(tmp_path / "images"),
+                "max_length": 300,
+            },
+            "latent": {"num_latent_tokens": 2},
+            "trainer": {"max_steps": 2, "per_device_train_batch_size": 4, "use_cpu": True, "disable_tqdm": True},
+        }
+        for key, value in changes.items():
+            values[key] = {**values[key], **value} if isinstance(values.get(key), dict) else value
+        return build(TrainSettings, values, "test")
+
+    return make
+
+
+def test_unusable_samples_are_dropped_named_and_counted_not_fatal(settings, caplog):
+    with caplog.at_level(logging.WARNING, logger="vreflection"):
+        result = run_training(settings())
+    assert result.report is not None and result.report.kept == 2 and result.report.num_dropped == 2
+    assert sorted(source.rsplit(":", 1)[1] for rows in result.report.dropped.values() for source in rows) == ["2", "3"]
+    messages = [record.getMessage() for record in caplog.records if "row dropped" in record.getMessage()]
+    assert len(messages) == 2 and any("rows.json:2" in m for m in messages)
+
+
+def test_no_usable_sample_at_all(settings):
+    with pytest.raises(DataError, match="none of the 4 samples is usable"):
+        run_training(settings(data={"max_length": 5}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"objective": {"alignment_weight": "heavy"}}, "objective.alignment_weight: expected float or NoneType"),
+        ({"objective": {"stochastic_probability": "3"}}, "expected 0..1, got 3.0"),
+        ({"optimizer": {"learning_rate": float("nan")}}, "optimizer.learning_rate: expected a finite number"),
+        ({"optimizer": {"learning_rate": -1.0}}, "at least 0, got -1.0"),
+        ({"data": {"max_length": 0}}, "data.max_length: expected at least 1"),
+        ({1: 2}, "unknown keys"),
+    ],
+)
+def test_values_are_checked_when_settings_are_built(settings, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        settings(**changes) if all(isinstance(k, str) for k in changes) else build(TrainSettings, changes, "test")
+
+
+def test_numbers_written_as_text_become_numbers(settings):
+    made = settings(objective={"alignment_weight": "5e-1"}, trainer={"max_grad_norm": "1e-1"})
+    assert made.latent_objective().alignment_weight == 0.5
+    assert training_arguments(made).max_grad_norm == 0.1
+
+
+@pytest.mark.parametrize(
+    ("trainer", "message"),
+    [
+        ({"learning_rate": 1e-3}, "under `optimizer`"),
+        ({"output_dir": "x"}, "`seed` and `output` at the top level"),
+        ({"max_steps": "ten"}, "max_steps: expected an integer, got 'ten'"),
+        ({"lr_scheduler_type": "sideways"}, "trainer: .*sideways"),
+    ],
+)
+def test_trainer_values_with_another_home_or_type(settings, trainer, message):
+    with pytest.raises(ConfigError, match=message):
+        training_arguments(settings(trainer=trainer))
+
+
+def test_resume_and_image_folder_name_their_flags(settings):
+    with pytest.raises(CheckpointError, match="resume: expected a trainer checkpoint"):
+        run_training(settings(resume=True))
+    with pytest.raises(ConfigError, match="--set data.image_folder="):
+        run_training(settings(data={"image_folder": "nowhere"}))
