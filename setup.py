@@ -5,5 +5,4 @@ from setuptools import find_packages, setup
 setup(
     packages=[*find_packages(include=["vreflection", "vreflection.*"]), "vreflection.configs"],
     package_dir={"vreflection.configs": "configs"},
-    package_data={"vreflection.configs": ["*.yaml"]},
 )
