@@ -186,12 +186,8 @@ class LatentGenerationMixin:
                 output_mode=latent_mode,
                 max_new_tokens=torch.full_like(input_ids[:, 0], resolved.max_new_tokens),
             )
-            seen = None
-            if resolved.sampling.repetition_penalty != 1.0:
-                vocabulary = self.config.get_text_config().vocab_size
-                # Counting keeps a padding id that also occurs as a real token.
-                counts = torch.zeros(input_ids.shape[0], vocabulary, dtype=torch.long, device=input_ids.device)
-                seen = counts.scatter_add(1, input_ids, mask.long()) > 0
+            penalised = resolved.sampling.repetition_penalty != 1.0
+            seen = seen_ids(input_ids, mask, self.config.get_text_config().vocab_size) if penalised else None
             if streamer is not None:
                 streamer.put(input_ids.cpu())
             opened = input_ids[:, -1] == self.config.lvr_start_id
@@ -275,6 +271,13 @@ def resolve_latents(model, latent_steps, allow_other, latents, batch) -> tuple[i
     elif config.traits.slot_input == "embedding" and steps:
         latents = model.get_input_embeddings().weight[config.lvr_id].expand(batch, steps, -1)
     return steps, latents
+
+
+def seen_ids(input_ids: torch.Tensor, mask: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    """Ids that occur in each prompt, `(batch, V)` bool."""
+    # Counting keeps a padding id that also occurs as a real token.
+    counts = torch.zeros(input_ids.shape[0], vocabulary, dtype=torch.long, device=input_ids.device)
+    return counts.scatter_add(1, input_ids, mask.long()) > 0
 
 
 def check_prompt(input_ids: torch.Tensor, attention_mask: torch.Tensor, streamer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,9 @@ def measure_latents(model, processor, decoded: Decoded, test: Sequence[Sample], 
     own = stack_latents(decoded, forced.latents[0])
     partners = swap_partners(test)
     swapped = decode_answers(model, processor, test, cache, latents=own[partners])
-    removed = decode_answers(model, processor, test, cache, latent_steps=0, allow_other_latent_steps=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="decoding with 0 latent steps")  # removing them is the point
+        removed = decode_answers(model, processor, test, cache, latent_steps=0, allow_other_latent_steps=True)
     followed = sum(a == expected_answer(test[p]) for a, p in zip(swapped.answers, partners))
     gauges = {name: float(value) for name, value in latent_gauges(torch.stack(forced.latents)).items()}
     measured: dict[str, Any] = {

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from vreflection.data.template import (
+    IMAGE_PAD,
+    LATENT_TOKENS,
+    SYSTEM_PROMPT,
+    TURN_END,
+    TURN_START,
+    VIDEO_PAD,
+    VISION_END,
+    VISION_START,
+)
 from vreflection.quickstart.notes import CAPTION_PROMPT, COLOURS, QUESTION
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
-IMAGE_PAD = "<|image_pad|>"
-CHAT_TOKENS = (
-    END_OF_TEXT,
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    IMAGE_PAD,
-    "<|video_pad|>",
-)
-LATENT_TOKENS = ("<|lvr_start|>", "<|lvr|>", "<|lvr_latent_end|>", "<|lvr_end|>")
-SYSTEM_PROMPT = "You are a helpful assistant."
+CHAT_TOKENS = (END_OF_TEXT, TURN_START, TURN_END, VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD)
 MAX_LENGTH = 2048  # tokens
 MAX_VOCABULARY = 640  # upper bound handed to the BPE trainer; the template corpus needs fewer
 
