@@ -28,8 +28,8 @@ ARM_NOTES = {
 }
 INTERVENTIONS = {
     "teacher_forced": ("teacher-forced", "an oracle: told the box, and the right text so far"),
-    "swapped": ("latents swapped with another question's", None),
-    "removed": ("latents removed (no latent step)", None),
+    "swapped": ("swapped", "another question's latents in the slots"),
+    "removed": ("removed", "no latent step after the opening mark"),
 }
 
 
