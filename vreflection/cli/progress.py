@@ -19,7 +19,7 @@ class PhaseBars:
         self.quiet = quiet
         self.bars = Progress(
             TextColumn("{task.description:<18}"),
-            BarColumn(bar_width=32),
+            BarColumn(bar_width=18),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("left"),
