@@ -81,6 +81,26 @@ def test_an_interrupted_run_goes_on_and_leaves_nothing_broken(tmp_path):
     assert (tmp_path / "report.html").exists()
 
 
+def test_from_scratch_trains_on_a_base_of_its_own(tmp_path, monkeypatch):
+    from vreflection.quickstart import pretrain, run
+
+    small = pretrain.PretrainSettings(
+        vision_steps=1, caption_steps=1, batch_size=2, caption_images=2, validation_images=2
+    )
+    original = pretrain.pretrain_base
+    monkeypatch.setattr(run, "pretrain_base", lambda *arguments: original(*arguments, settings=small))
+    settings = load_quickstart(None, TINY)
+    for arm in ("boundary", "filler", "sft_long"):
+        settings.arms.pop(arm)
+    seen = []
+    quickstart = Quickstart(settings, tmp_path, lambda phase, done, total: seen.append(phase), from_scratch=True)
+    quickstart.run()
+    assert "pre-training" in seen and "pre-training" in dict(quickstart.phases())
+    assert (tmp_path / "base" / "training_log.json").exists()
+    trained = (tmp_path / "arms" / "sft" / "train_settings.yaml").read_text()
+    assert f"model: {tmp_path / 'base'}" in trained
+
+
 def test_starting_over_removes_only_its_own_files(tmp_path):
     for name in ("arms/sft/config.json", "results/sft.json", "data/test.json", "metrics.json", "mine.txt"):
         path = tmp_path / name
