@@ -290,3 +290,10 @@ def test_stochastic_alignment_goes_by_the_step(settings, workplace):
         change = {"objective": {"alignment": "stochastic", "alignment_seed": seed}, "trainer": {"max_steps": steps}}
         teachers.append(run_training(settings("stage1", "stochastic", **change)).model.box_feature_resampler.queries)
     assert torch.equal(teachers[0], teachers[1]) and not torch.equal(teachers[1], teachers[2])
+
+
+def test_free_running_encodes_each_image_once_a_step(settings, monkeypatch):
+    calls, original = [], Model.visual_tokens
+    monkeypatch.setattr(Model, "visual_tokens", lambda self, *args: calls.append(1) or original(self, *args))
+    run_training(settings("stage1", "encode_once", free_running={"maximum": 1.0, "start": 0.0, "end": 0.0}))
+    assert len(calls) == 3

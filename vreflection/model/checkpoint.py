@@ -183,11 +183,11 @@ class CheckpointMixin:
         if not kwargs.get("is_main_process", True):
             return
         kwargs.setdefault("save_original_format", False)
-        with staged_folder(Path(save_directory)) as partial:
+        with StagedFolder(Path(save_directory)) as partial:
             super().save_pretrained(partial, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-class staged_folder:  # noqa: N801 - used as a with-statement, like tempfile's
+class StagedFolder:
     """Write into a sibling folder, then move its files into place; on failure the target is untouched."""
 
     def __init__(self, target: Path):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ..ops.regions import MERGE_SIZE, host_array
+from ..ops.regions import MERGE_SIZE, device_tensor, host_array
 from .config import VReflectionConfig
 
 IGNORE_INDEX = -100
@@ -74,12 +74,11 @@ class BatchLayout:
             match_boxes_to_images(box_sample, box_image, token_grids, image_index, starts)
         unsupervised = None if ce_on_latent_slots else config.lvr_id
         supervised, targets = locate_supervision(ids, labels, starts, unsupervised)
-        to_device = lambda array: torch.from_numpy(array).to(device, non_blocking=True)  # noqa: E731
         return cls(
-            image_index_T=to_device(image_index),
-            slot_index_BQ=to_device(slot_index),
-            supervised_index_S=to_device(supervised),
-            targets_S=to_device(targets),
+            image_index_T=device_tensor(image_index, device),
+            slot_index_BQ=device_tensor(slot_index, device),
+            supervised_index_S=device_tensor(supervised, device),
+            targets_S=device_tensor(targets, device),
             grids=token_grids,
             boxes=boxes,
             box_sample=box_sample,

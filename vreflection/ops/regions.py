@@ -83,6 +83,11 @@ def host_array(values, name: str, shape_tail: tuple[int, ...], dtype) -> np.ndar
     return array.astype(dtype)
 
 
+def device_tensor(array: np.ndarray, device: torch.device | str) -> torch.Tensor:
+    """A host array as a tensor on `device`, without waiting for the copy."""
+    return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
+
+
 def check_geometry(num_tokens: int, grids, box_image) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Validate the packing: returns grids `(I, 2)`, box_image `(B,)` and the first packed row of each image `(I,)`."""
     grids = host_array(grids, "grids", (2,), np.int64)
@@ -119,11 +124,10 @@ def rect_plan(
     rows = rects[:, 0:1] + key // safe_width
     columns = rects[:, 2:3] + key % safe_width
     local = rows * grids[box_image, 1][:, None] + columns
-    to_device = lambda array: torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)  # noqa: E731
     return RegionPlan(
-        token_index_BN=to_device(local + offsets[box_image][:, None]),
-        local_index_BN=to_device(local),
-        mask_BN=to_device(mask),
+        token_index_BN=device_tensor(local + offsets[box_image][:, None], device),
+        local_index_BN=device_tensor(local, device),
+        mask_BN=device_tensor(mask, device),
         grids=grids,
         box_image=box_image,
     )

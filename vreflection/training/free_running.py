@@ -49,7 +49,8 @@ def roll_out(
         free = chosen[span_sample]
         spans, slots = layout.slot_index_BQ.shape
         inputs_BQD = embeds.new_zeros(spans, slots, embeds.shape[2])
-        ordinal = torch.tensor([int((span_sample[:i] == s).sum()) for i, s in enumerate(span_sample)])
+        # Spans come in the order of their samples: a span's turn is its distance from its sample's first.
+        ordinal = torch.arange(spans) - torch.searchsorted(span_sample, span_sample)
         for turn in range(int(ordinal.max()) + 1 if spans else 0):
             active = (free & (ordinal == turn)).nonzero()[:, 0].to(input_ids.device)
             if not len(active):

@@ -132,8 +132,8 @@ class LatentTrainer(Trainer):
             self.note(output)
         return (output.loss, output) if return_outputs else output.loss
 
-    def free_running_inputs(self, model, inputs) -> dict[str, torch.Tensor]:
-        """`slot_inputs` and `free_running` of this step, or nothing."""
+    def free_running_inputs(self, model, inputs) -> dict[str, torch.Tensor | None]:
+        """`slot_inputs` and `free_running` of this step, or nothing; the visual tokens go on to the training pass."""
         share = self.free_running.share(self.state.global_step / max(self.state.max_steps, 1))
         layout: BatchLayout = inputs["layout"]
         if not share or not len(layout.boxes):
@@ -151,7 +151,7 @@ class LatentTrainer(Trainer):
             slot_inputs, free = roll_out(
                 core, inputs["input_ids"], inputs["position_ids"], tokens, layout, chosen
             )  # fmt: skip
-        return {"slot_inputs": slot_inputs, "free_running": free}
+        return {"slot_inputs": slot_inputs, "free_running": free, "image_features": tokens, "pixel_values": None}
 
     def note(self, output) -> None:
         """Remember loss parts and gauges as device tensors; they are read only when logged."""
