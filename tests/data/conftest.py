@@ -1,4 +1,4 @@
-"""A tiny byte-level tokenizer, the PIL image processor and image files: everything real, nothing downloaded."""
+"""Image files and rows for the data tests; the tokenizer and image processor are those of `tiny`."""
 
 import json
 
@@ -6,36 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vreflection.data.template import LATENT_TOKENS
-from vreflection.model.processor import VReflectionProcessor, _pil_image_processor_class
-
-QWEN_TOKENS = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-)
-
-
-def byte_tokenizer(latent_tokens=LATENT_TOKENS):
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in (*QWEN_TOKENS, *latent_tokens)])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-
 
 @pytest.fixture(scope="session")
-def processor():
-    image_processor = _pil_image_processor_class()(size={"shortest_edge": 4 * 784, "longest_edge": 24 * 784})
-    return VReflectionProcessor(byte_tokenizer(), image_processor)
+def processor(tiny):
+    return tiny.processor()
 
 
 @pytest.fixture
