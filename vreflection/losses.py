@@ -11,8 +11,9 @@ from dataclasses import dataclass, fields, replace
 import torch
 import torch.nn.functional as F
 
+from .ops.distillation_loss import KL_REDUCTIONS, kl_sum, mean_square
+
 ALIGNMENTS = ("symmetric", "stochastic", "llm_only", "bcm_only")
-KL_REDUCTIONS = ("sum_queries", "mean_queries")
 
 
 @dataclass(frozen=True)
@@ -93,24 +94,19 @@ def stochastic_side(seed: int, step: int, probability: float) -> bool:
 def latent_mse(student_BQD: torch.Tensor, teacher_BQD: torch.Tensor) -> torch.Tensor:
     """Mean of (Ẑ − Z)², float32."""
     check_same_shape("student", student_BQD, "teacher", teacher_BQD)
-    return mean_square(widen(student_BQD), widen(teacher_BQD))
+    return mean_square(student_BQD, teacher_BQD)
 
 
-def attention_kl(
-    teacher_BQN: torch.Tensor, student_BQN: torch.Tensor, reduction: str = "sum_queries", eps: float = 1e-9
-) -> torch.Tensor:
-    """KL(teacher ‖ student) of attention rows, `(1/B) Σ_b Σ_q Σ_n A_T (log A_T − log(A_S + eps))`, with 0·log 0 = 0.
+def attention_kl(teacher_BQN: torch.Tensor, student_BQN: torch.Tensor, reduction: str = "sum_queries") -> torch.Tensor:
+    """KL(teacher ‖ student) of attention rows on the same N tokens; `ops.distillation_loss` takes packed, ragged ones.
 
-    Both arguments hold attention on the same N tokens. Tokens where the teacher is zero add nothing, so the teacher's
-    support is enough. `mean_queries` divides by Q as well.
+    `(1/B) Σ_b Σ_q Σ_n A_T (log A_T − log(A_S + 1e-9))`, with 0·log 0 = 0. `mean_queries` divides by Q as well.
     """
     check_same_shape("teacher", teacher_BQN, "student", student_BQN)
     if reduction not in KL_REDUCTIONS:
         raise ValueError(f"reduction: expected one of {KL_REDUCTIONS}, got {reduction!r}")
-    teacher, student = widen(teacher_BQN), widen(student_BQN)
-    total = (torch.xlogy(teacher, teacher) - teacher * torch.log(student + eps)).sum()
-    rows = teacher.shape[0] * (teacher.shape[1] if reduction == "mean_queries" else 1)
-    return total / max(rows, 1)
+    rows = teacher_BQN.shape[0] * (teacher_BQN.shape[1] if reduction == "mean_queries" else 1)
+    return kl_sum(teacher_BQN, student_BQN) / max(rows, 1)
 
 
 def supervised_cross_entropy(logits_SV: torch.Tensor, targets_S: torch.Tensor) -> torch.Tensor:
@@ -123,10 +119,6 @@ def supervised_cross_entropy(logits_SV: torch.Tensor, targets_S: torch.Tensor) -
 def widen(values: torch.Tensor) -> torch.Tensor:
     """At least float32."""
     return values.to(torch.promote_types(values.dtype, torch.float32))
-
-
-def mean_square(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    return (left - right).square().sum() / max(left.numel(), 1)
 
 
 def check_same_shape(left_name: str, left: torch.Tensor, right_name: str, right: torch.Tensor) -> None:

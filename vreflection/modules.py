@@ -1,6 +1,6 @@
 """The two compression modules: Box-Guided Compression (teacher) and Dynamic Autoregressive Compression (student).
 
-Shape suffixes: B boxes, I images, T packed visual tokens, D width, Q latents per box, N keys per region (padded).
+Shape suffixes: B boxes, I images, T packed visual tokens, D width, Q latents per box, S keys of all boxes (ragged).
 """
 
 from __future__ import annotations
@@ -8,12 +8,12 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from .ops import RegionPlan, absorb_queries, head_mean, image_plan, project_context, region_attention, window_plan
-from .ops.reference import resample_reference
-from .ops.roi_align import roi_plan
+from .ops import AttentionWeights, RegionPlan, image_plan, resample, roi_plan, window_plan
+from .ops.dispatch import IMPLEMENTATIONS
+from .ops.regions import check_tokens
+from .ops.schemas import wide_dtype
 
 REGIONS = ("window", "roi_align")
-IMPLEMENTATIONS = ("auto", "torch", "reference")
 
 
 def default_num_heads(hidden_size: int) -> int:
@@ -26,7 +26,7 @@ class CrossAttentionResampler(nn.Module):
 
     No residual, MLP, positional term or input norm. Parameters are named as in released checkpoints:
     `cross_attn.{in_proj_weight, in_proj_bias, out_proj.weight, out_proj.bias}`, `output_norm.{weight, bias}`.
-    `impl="auto"` takes the absorbed form (`vreflection.ops.region_attention`); `"reference"` the stock attention.
+    `impl` is that of `vreflection.ops.resample`; `"reference"` is the stock attention.
     """
 
     def __init__(self, hidden_size: int, num_heads: int | None = None, impl: str = "auto"):
@@ -46,26 +46,23 @@ class CrossAttentionResampler(nn.Module):
         self.cross_attn._reset_parameters()
         self.output_norm.reset_parameters()
 
+    @property
+    def attention_weights(self) -> AttentionWeights:
+        attention = self.cross_attn
+        return AttentionWeights(
+            attention.in_proj_weight, attention.in_proj_bias, attention.out_proj.weight, attention.out_proj.bias
+        )
+
     def resample(
-        self, queries: torch.Tensor, tokens: torch.Tensor, plan: RegionPlan
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Latents `(B, Q, D)` and head-averaged attention `(B, Q, N)` on the plan's tokens.
+        self, queries: torch.Tensor, tokens: torch.Tensor, plan: RegionPlan, return_maps: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Latents `(B, Q, D)` and, unless told otherwise, head-averaged attention `(S, Q)` on the plan's keys.
 
         `queries` is `(Q, D)`, shared by all boxes, or `(B, Q, D)`.
         """
-        if tokens.dim() != 2 or tokens.shape[1] != self.hidden_size:
-            raise ValueError(f"tokens: expected packed (T, {self.hidden_size}), got {tuple(tokens.shape)}")
-        if plan.num_boxes == 0:
-            return tokens.new_zeros(0, queries.shape[-2], self.hidden_size), tokens.new_zeros(0, queries.shape[-2], 0)
-        if self.impl == "reference":
-            queries = queries.expand(plan.num_boxes, -1, -1)
-            return resample_reference(queries, tokens, plan, self.cross_attn, self.output_norm)
-        attention = self.cross_attn
-        rows = absorb_queries(queries, attention.in_proj_weight, attention.in_proj_bias, self.num_heads)
-        context, weights = region_attention(rows, tokens, plan)
-        values = project_context(context, attention.in_proj_weight, attention.in_proj_bias, self.num_heads)
-        latents = self.output_norm(attention.out_proj(values))
-        return latents, head_mean(weights, self.num_heads)
+        out = resample(queries, tokens, plan, self.attention_weights, self.num_heads, return_maps, self.impl)
+        values, maps = out if return_maps else (out, None)
+        return self.output_norm(values), maps
 
 
 class BoxGuidedCompression(CrossAttentionResampler):
@@ -78,7 +75,7 @@ class BoxGuidedCompression(CrossAttentionResampler):
         region: `"window"`, whole tokens the box touches, or `"roi_align"`, a grid of bilinear samples.
         output_size, sampling_ratio: the RoI-Align grid side and samples per cell and axis.
         query_init_std: standard deviation of the initial queries.
-        impl: `"auto"`, `"torch"` (absorbed projections) or `"reference"`.
+        impl: `"auto"`, `"reference"`, `"torch"`, `"cpp"` or `"triton"`; see `vreflection.ops.resample`.
 
     Source: V-Reflection, Box-Guided Compression.
     """
@@ -113,8 +110,9 @@ class BoxGuidedCompression(CrossAttentionResampler):
         if self.region == "window":
             return window_plan(tokens.shape[0], grids, boxes, box_image, tokens.device)
         return roi_plan(
-            tokens.shape[0], grids, boxes, box_image, self.output_size, self.sampling_ratio, device=tokens.device
-        )
+            tokens.shape[0], grids, boxes, box_image, self.output_size, self.sampling_ratio,
+            device=tokens.device, dtype=wide_dtype(tokens.dtype),
+        )  # fmt: skip
 
     def forward(
         self,
@@ -139,9 +137,10 @@ class BoxGuidedCompression(CrossAttentionResampler):
         Raises:
             ValueError: shapes disagree, or a box covers no token or is not finite.
         """
+        check_tokens(tokens, self.hidden_size)
         plan = self.plan(tokens, grids, boxes, box_image)
-        latents, weights = self.resample(self.queries[0], tokens, plan)
-        return (latents, plan.image_maps(weights)) if return_attention else latents
+        latents, maps = self.resample(self.queries[0], tokens, plan, return_attention)
+        return (latents, plan.image_maps(maps)) if maps is not None else latents
 
 
 class DynamicAutoregressiveCompression(CrossAttentionResampler):
@@ -170,11 +169,12 @@ class DynamicAutoregressiveCompression(CrossAttentionResampler):
         Returns:
             latents `(B, Q, D)`, or `(latents, maps)` with `maps` a list of `(Q, h, w)`.
         """
+        check_tokens(tokens, self.hidden_size)
         plan = image_plan(tokens.shape[0], grids, box_image, tokens.device)
         if probes.dim() != 3 or probes.shape[0] != plan.num_boxes or probes.shape[2] != self.hidden_size:
             raise ValueError(
                 f"probes: expected ({plan.num_boxes}, Q, {self.hidden_size}) to match box_image, "
                 f"got {tuple(probes.shape)}"
             )
-        latents, weights = self.resample(probes, tokens, plan)
-        return (latents, plan.image_maps(weights)) if return_attention else latents
+        latents, maps = self.resample(probes, tokens, plan, return_attention)
+        return (latents, plan.image_maps(maps)) if maps is not None else latents

@@ -13,15 +13,26 @@ def test_window_plan_indexes_the_boxes_own_image():
     grids = [[2, 3], [4, 2]]
     boxes = [[0.0, 0.0, 1 / 3, 0.5], [0.5, 0.25, 1.0, 0.75]]
     plan = window_plan(14, grids, boxes, [0, 1])
-    keys = [plan.token_index_BN[b][plan.mask_BN[b]].tolist() for b in range(2)]
-    assert keys == [[0], [6 + 3, 6 + 5]]
-    assert plan.local_index_BN[1][plan.mask_BN[1]].tolist() == [3, 5]
+    assert plan.key_tokens().tolist() == [0, 6 + 3, 6 + 5]
+    assert plan.key_box_S.tolist() == [0, 1, 1]
+    whole = image_plan(14, grids, [0, 1])
+    assert plan.keys_in(whole).tolist() == [0, 6 + 3, 6 + 5]
 
 
 def test_image_plan_covers_each_image_once_and_no_neighbour():
     plan = image_plan(10, [[2, 3], [1, 4]], [1, 0, 1])
-    keys = [plan.token_index_BN[b][plan.mask_BN[b]].tolist() for b in range(3)]
-    assert keys == [list(range(6, 10)), list(range(6)), list(range(6, 10))]
+    assert plan.key_tokens().tolist() == [*range(6, 10), *range(6), *range(6, 10)]
+    assert plan.key_box_S.tolist() == [0] * 4 + [1] * 6 + [2] * 4
+
+
+def test_image_maps_place_each_box_on_its_image():
+    grids, boxes, box_image = [[2, 3], [4, 2]], [[0.5, 0.25, 1.0, 0.75], [0.0, 0.0, 1.0, 1.0]], [1, 0]
+    plan = window_plan(14, grids, boxes, box_image)
+    maps_SQ = torch.arange(1.0, 17.0).view(8, 2)
+    window, whole = plan.image_maps(maps_SQ)
+    assert window.tolist() == [[[0, 0], [0, 1], [0, 3], [0, 0]], [[0, 0], [0, 2], [0, 4], [0, 0]]]
+    assert whole.shape == (2, 2, 3) and whole[0].flatten().tolist() == [5, 7, 9, 11, 13, 15]
+    assert whole.data_ptr() == maps_SQ[2:].data_ptr()
 
 
 @settings(deadline=None, max_examples=60)
@@ -30,12 +41,13 @@ def test_roi_cells_are_averages_of_their_own_support(h, w, corners, cells, ratio
     x0, x1 = sorted(corners[:2])
     y0, y1 = sorted(corners[2:])
     plan = roi_plan(h * w, [[h, w]], [[x0, y0, x1, y1]], [0], cells, ratio, dtype=torch.float64)
-    total = plan.cell_weight_BCK.sum(-1)
+    total = plan.tap_weight.sum(-1)
     # An adaptive grid takes no sample of a box without extent, as in torchvision.
     if ratio > 0 or min(x1 - x0, y1 - y0) > 1e-6:
         torch.testing.assert_close(total, torch.ones_like(total))
-    assert int(plan.cell_index_BCK.max()) < plan.num_keys
-    assert bool(plan.mask_BN.all())
+    _, _, height, width, _ = plan.spans_host[0]
+    assert plan.tap_index[0].max() < height and plan.tap_index[1].max() < width and plan.tap_index.min() >= 0
+    assert plan.num_keys == height * width
 
 
 @settings(deadline=None, max_examples=25)

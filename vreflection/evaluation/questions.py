@@ -165,7 +165,7 @@ def teacher_forced(
         tokens = model.batch_tokens(batch.get("pixel_values"), batch.get("image_features"), batch["image_grid_thw"])
         teacher = model.teacher_view(tokens, layout)
         result.latents += list(teacher.latents_BQD.cpu())
-        result.teacher_maps += [m.cpu() for m in teacher.plan.image_maps(teacher.weights_BQN)]
+        result.teacher_maps += [m.cpu() for m in teacher.plan.image_maps(teacher.maps_SQ)]
         if model.config.traits.student:
             hidden = output.last_hidden_state.flatten(0, 1)
             probes = hidden[layout.slot_index_BQ + model.objective.probe_offset]

@@ -16,14 +16,12 @@ from transformers.utils import ModelOutput
 from ..errors import CheckpointError, ConfigError
 from ..losses import (
     LatentObjective,
-    attention_kl,
     latent_alignment,
-    latent_mse,
     stochastic_side,
     supervised_cross_entropy,
 )
 from ..modules import BoxGuidedCompression, CrossAttentionResampler, DynamicAutoregressiveCompression
-from ..ops import RegionPlan, image_plan
+from ..ops import RegionPlan, distillation_loss, image_plan
 from .checkpoint import CheckpointMixin
 from .config import STAGES, VReflectionConfig
 from .generation import LatentGenerationMixin
@@ -52,10 +50,10 @@ class VReflectionOutput(ModelOutput):
 
 @dataclass
 class TeacherView:
-    """The teacher's latents `(B, Q, D)`, its attention `(B, Q, N)` and the plan that says where those N keys are."""
+    """The teacher's latents `(B, Q, D)`, its attention `(S, Q)` and the plan that says where those S keys are."""
 
     latents_BQD: torch.Tensor
-    weights_BQN: torch.Tensor
+    maps_SQ: torch.Tensor
     plan: RegionPlan
 
 
@@ -172,8 +170,8 @@ class VReflectionForConditionalGeneration(CheckpointMixin, LatentGenerationMixin
         module = self.box_feature_resampler
         plan = module.plan(tokens_TD, layout.grids, layout.boxes, layout.box_image)
         with torch.set_grad_enabled(self.config.stage == "stage1" and torch.is_grad_enabled()):
-            latents, weights = module.resample(module.queries[0], tokens_TD, plan)
-        return TeacherView(latents, weights, plan)
+            latents, maps = module.resample(module.queries[0], tokens_TD, plan)
+        return TeacherView(latents, maps, plan)
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -322,15 +320,13 @@ class VReflectionForConditionalGeneration(CheckpointMixin, LatentGenerationMixin
             return {"latent_mse": zero, "attention_kl": zero}
         probes = flat_hidden[layout.slot_index_BQ + self.objective.probe_offset]
         plan = image_plan(tokens.shape[0], layout.grids, layout.box_image, tokens.device)
-        latents, weights_BQN = self.student_resampler.resample(probes, tokens, plan)
+        latents, student_maps_SQ = self.student_resampler.resample(probes, tokens, plan)
         output.student_latents = latents
-        # The image plan's keys are in row-major order, so the teacher's local indices pick its support.
-        support = teacher.plan.local_index_BN[:, None].expand(-1, weights_BQN.shape[1], -1)
-        student_on_support = weights_BQN.gather(2, support)
-        return {
-            "latent_mse": latent_mse(latents, teacher.latents_BQD),
-            "attention_kl": attention_kl(teacher.weights_BQN, student_on_support, self.objective.kl_reduction),
-        }
+        mse, kl = distillation_loss(
+            latents, teacher.latents_BQD, student_maps_SQ, teacher.maps_SQ, teacher.plan.keys_in(plan),
+            self.objective.kl_reduction,
+        )  # fmt: skip
+        return {"latent_mse": mse, "attention_kl": kl}
 
 
 def check_teacher_settings(config: VReflectionConfig, settings: dict) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import nn
+import torch.nn.functional as F
 
 from .regions import RegionPlan, check_geometry, host_array
+from .roi_align import tap_matrices
 
 
 def _bilinear(image_HWD: torch.Tensor, y: float, x: float) -> torch.Tensor:
@@ -54,24 +55,45 @@ def roi_align_reference(
     return torch.stack(cells).view(len(boxes), output_size**2, -1)
 
 
-def resample_reference(
-    queries_BQD: torch.Tensor, tokens: torch.Tensor, plan: RegionPlan, attention: nn.MultiheadAttention, norm: nn.Module
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross-attention + LayerNorm as the stock module does it: project every key and value, box by box.
+def region_keys(tokens: torch.Tensor, plan: RegionPlan):
+    """Per box, its tokens `(n, D)` and the dense sampling matrix `(C, n)` of its RoI cells, or `None`."""
+    index, host = plan.key_tokens(), plan.spans_B5.tolist()
+    for box, (_, _, height, width, key) in enumerate(host):
+        keys = tokens[index[key : key + height * width]]
+        if plan.tap_index is None or plan.tap_weight is None:
+            yield keys, None
+            continue
+        rows, columns = tap_matrices(host, plan.tap_index, plan.tap_weight, box)
+        yield keys, torch.kron(rows.contiguous(), columns.contiguous()).to(keys.dtype)
 
-    Returns latents `(B, Q, D)` and head-averaged attention `(B, Q, N)` on the plan's tokens.
+
+def region_attention_reference(rows: torch.Tensor, tokens: torch.Tensor, plan: RegionPlan, map_heads: int):
+    """`region_attention` as its definition: context `(B, R, D)` and head-mean weights `(S, R / map_heads)`."""
+    contexts, maps = [], []
+    for box, (keys, sampling) in enumerate(region_keys(tokens, plan)):
+        cells = keys if sampling is None else sampling @ keys
+        weights = (rows[box if len(rows) > 1 else 0] @ cells.T).softmax(-1)
+        contexts.append(weights @ cells)
+        weights = weights if sampling is None else weights @ sampling
+        if map_heads:
+            maps.append(weights.unflatten(0, (map_heads, -1)).mean(0).T)
+    return torch.stack(contexts), torch.cat(maps) if maps else rows.new_empty(0)
+
+
+def resample_reference(queries_BQD: torch.Tensor, tokens: torch.Tensor, plan: RegionPlan, weights, heads: int):
+    """Cross-attention as the stock module does it: project every key and value, box by box.
+
+    Returns `(B, Q, D)` after the output projection and head-averaged attention `(S, Q)` on the plan's keys.
     """
-    latents, maps = [], []
-    for box in range(plan.num_boxes):
-        keep = plan.mask_BN[box]
-        keys = tokens[plan.token_index_BN[box][keep]]  # [n, D]
-        sampling = None
-        if plan.cell_index_BCK is not None and plan.cell_weight_BCK is not None:
-            index, weight = plan.cell_index_BCK[box], plan.cell_weight_BCK[box].to(tokens.dtype)
-            sampling = tokens.new_zeros(index.shape[0], plan.num_keys).scatter_add(1, index, weight)[:, keep]
-            keys = sampling @ keys
-        out, weights = attention(queries_BQD[box : box + 1], keys[None], keys[None], need_weights=True)
-        weights = weights[0] if sampling is None else weights[0] @ sampling
-        latents.append(norm(out[0]))
-        maps.append(weights.new_zeros(weights.shape[0], plan.num_keys).index_copy(1, keep.nonzero()[:, 0], weights))
-    return torch.stack(latents), torch.stack(maps)
+    outputs, maps = [], []
+    for box, (keys, sampling) in enumerate(region_keys(tokens, plan)):
+        keys = keys if sampling is None else sampling @ keys
+        out, attention = F.multi_head_attention_forward(
+            queries_BQD[box if len(queries_BQD) > 1 else 0], keys, keys, tokens.shape[1], heads,
+            weights.in_proj_weight, weights.in_proj_bias, None, None, False, 0.0,
+            weights.out_proj_weight, weights.out_proj_bias,
+        )  # fmt: skip
+        assert attention is not None
+        outputs.append(out)
+        maps.append((attention if sampling is None else attention @ sampling).T)
+    return torch.stack(outputs), torch.cat(maps)

@@ -1,7 +1,7 @@
 """Where each box's keys lie in the packed visual tokens: planned once per batch, on the host, vectorised.
 
 Shape suffixes used in `ops/`: B boxes, I images, T packed tokens, D width, Q queries, H heads, R = H*Q query rows,
-N keys per region (padded), C RoI cells, K taps per cell.
+S keys of all boxes end to end, P RoI cells per side, C = P*P cells, K taps per axis and cell.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+
+from .schemas import LIBRARY
 
 MERGE_SIZE = 2  # 14-px patches per visual token and axis in the Qwen2-VL family
 
@@ -36,39 +38,65 @@ def window_token_rects(boxes: np.ndarray, patch_grids: np.ndarray) -> np.ndarray
 
 @dataclass(frozen=True)
 class RegionPlan:
-    """Keys of every box, padded to the longest region, as indices on one device.
+    """Keys of every box: ragged rectangles of the packed tokens, nothing padded.
 
-    `token_index_BN` indexes the packed tokens, `local_index_BN` the box's own image (row-major); padding repeats the
-    region's first token and is False in `mask_BN`. With RoI cells, `cell_index_BCK` indexes the N axis and
-    `cell_weight_BCK` holds the bilinear weights (rows of the sparse map S, cells x tokens).
+    Attributes:
+        spans_B5: int64 `[first, stride, height, width, key_offset]`. Key j of a box is token
+            `first + (j // width) * stride + j % width` and entry `key_offset + j` of the S keys.
+        key_box_S: int32, the box of every key.
+        num_tokens: T, rows of the packed tokens the plan was made for.
+        tap_index, tap_weight: `(2, B, P, K)` or `None`. RoI-Align as a separable sparse map S: axis 0 holds token rows
+            inside the rectangle, axis 1 columns; a cell is the product of its two axes' taps.
+        spans_host, grids, box_image: the same geometry on the host; `None` while `torch.compile` traces.
     """
 
-    token_index_BN: torch.Tensor
-    local_index_BN: torch.Tensor
-    mask_BN: torch.Tensor
-    grids: np.ndarray  # (I, 2) on the host
-    box_image: np.ndarray  # (B,) on the host
-    cell_index_BCK: torch.Tensor | None = None
-    cell_weight_BCK: torch.Tensor | None = None
+    spans_B5: torch.Tensor
+    key_box_S: torch.Tensor
+    num_tokens: int
+    tap_index: torch.Tensor | None = None
+    tap_weight: torch.Tensor | None = None
+    spans_host: np.ndarray | None = None
+    grids: np.ndarray | None = None
+    box_image: np.ndarray | None = None
 
     @property
     def num_boxes(self) -> int:
-        return self.token_index_BN.shape[0]
+        return self.spans_B5.shape[0]
 
     @property
     def num_keys(self) -> int:
-        return self.token_index_BN.shape[1]
+        return self.key_box_S.shape[0]
 
-    def image_maps(self, weights_BQN: torch.Tensor) -> list[torch.Tensor]:
-        """Attention on the token grid of each box's image: a list of `(Q, h, w)`. For looking, not for the hot path."""
-        queries = weights_BQN.shape[1]
+    @property
+    def geometry(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """The four tensors every operator takes."""
+        return self.spans_B5, self.key_box_S, self.tap_index, self.tap_weight
+
+    def key_tokens(self) -> torch.Tensor:
+        """Packed token index of every key, `(S,)` int64."""
+        first, stride, _, width, key_offset = self.spans_B5[self.key_box_S.long()].unbind(1)
+        key = torch.arange(self.num_keys, device=first.device) - key_offset
+        return first + key // width * stride + key % width
+
+    def keys_in(self, image_keys: RegionPlan) -> torch.Tensor:
+        """Where this plan's keys lie among those of `image_keys`, an `image_plan` of the same boxes; `(S,)` int64."""
+        spans = image_keys.spans_B5[self.key_box_S.long()]
+        return spans[:, 4] + self.key_tokens() - spans[:, 0]
+
+    def image_maps(self, maps_SQ: torch.Tensor) -> list[torch.Tensor]:
+        """Attention on the token grid of each box's image: a list of `(Q, h, w)`; views when a box is its image."""
+        if self.spans_host is None or self.grids is None or self.box_image is None:
+            raise ValueError("image_maps needs the geometry on the host; call it outside torch.compile")
         maps = []
-        for box, image in enumerate(self.box_image):
-            height, width = (int(v) for v in self.grids[image])
-            flat = weights_BQN.new_zeros(queries, height * width)
-            index = self.local_index_BN[box][self.mask_BN[box]]
-            flat = flat.index_add(1, index, weights_BQN[box][:, self.mask_BN[box]])
-            maps.append(flat.view(queries, height, width))
+        offsets = first_tokens(self.grids)
+        for (first, stride, height, width, key), image in zip(self.spans_host.tolist(), self.box_image.tolist()):
+            rows, columns = self.grids[image].tolist()
+            part = maps_SQ[key : key + height * width].view(height, width, -1).permute(2, 0, 1)
+            if (height, width) != (rows, columns):
+                top, left = divmod(first - int(offsets[image]), stride)
+                margins = (left, columns - left - width, top, rows - top - height)
+                part = torch.nn.functional.pad(part, margins)
+            maps.append(part)
         return maps
 
 
@@ -102,7 +130,13 @@ def check_geometry(num_tokens: int, grids, box_image) -> tuple[np.ndarray, np.nd
         )
     if len(box_image) and (box_image.min() < 0 or box_image.max() >= len(grids)):
         raise ValueError(f"box_image: expected values in [0, {len(grids)}), got {box_image.tolist()}")
-    return grids, box_image, np.cumsum(sizes) - sizes
+    return grids, box_image, first_tokens(grids)
+
+
+def first_tokens(grids: np.ndarray) -> np.ndarray:
+    """First packed row of each image."""
+    sizes = grids[:, 0] * grids[:, 1]
+    return np.cumsum(sizes) - sizes
 
 
 def rect_plan(
@@ -110,24 +144,21 @@ def rect_plan(
 ) -> RegionPlan:
     """Plan from half-open token rectangles `(B, 4)` = `ty0, ty1, tx0, tx1`."""
     heights, widths = rects[:, 1] - rects[:, 0], rects[:, 3] - rects[:, 2]
-    counts = heights * widths
     if len(rects) and (np.minimum(heights, widths) <= 0).any():
         bad = np.flatnonzero(np.minimum(heights, widths) <= 0)
         raise ValueError(
             f"boxes {bad.tolist()} cover no visual token; drop such rows beforehand "
             "(`vreflection.data.boxes.check_boxes` names them)"
         )
-    key = np.arange(counts.max() if len(counts) else 0)
-    mask = key < counts[:, None]
-    key = np.where(mask, key, 0)
-    safe_width = np.maximum(widths, 1)[:, None]
-    rows = rects[:, 0:1] + key // safe_width
-    columns = rects[:, 2:3] + key % safe_width
-    local = rows * grids[box_image, 1][:, None] + columns
+    counts = heights * widths
+    strides = grids[box_image, 1]
+    first = offsets[box_image] + rects[:, 0] * strides + rects[:, 2]
+    spans = np.stack([first, strides, heights, widths, np.cumsum(counts) - counts], axis=1).astype(np.int64)
     return RegionPlan(
-        token_index_BN=device_tensor(local + offsets[box_image][:, None], device),
-        local_index_BN=device_tensor(local, device),
-        mask_BN=device_tensor(mask, device),
+        spans_B5=device_tensor(spans, device),
+        key_box_S=device_tensor(np.repeat(np.arange(len(rects), dtype=np.int32), counts), device),
+        num_tokens=int((grids[:, 0] * grids[:, 1]).sum()),
+        spans_host=spans,
         grids=grids,
         box_image=box_image,
     )
@@ -135,6 +166,10 @@ def rect_plan(
 
 def window_plan(num_tokens: int, grids, boxes, box_image, device: torch.device | str = "cpu") -> RegionPlan:
     """Keys of each box by the window rule. `boxes` `(B, 4)` normalised; `grids` `(I, 2)` = (h, w) in tokens."""
+    if torch.compiler.is_compiling():
+        arguments = traced_geometry(grids, box_image, boxes)
+        spans, key_box = torch.ops.vreflection.window_plan(*arguments, num_tokens, str(device))
+        return RegionPlan(spans, key_box, num_tokens)
     grids, box_image, offsets = check_geometry(num_tokens, grids, box_image)
     boxes = check_boxes_match(boxes, box_image)
     rects = window_token_rects(boxes, grids[box_image] * MERGE_SIZE)
@@ -143,11 +178,20 @@ def window_plan(num_tokens: int, grids, boxes, box_image, device: torch.device |
 
 def image_plan(num_tokens: int, grids, box_image, device: torch.device | str = "cpu") -> RegionPlan:
     """Keys of each box are all tokens of its own image, never a neighbour's in the pack."""
+    if torch.compiler.is_compiling():
+        arguments = traced_geometry(grids, box_image)
+        spans, key_box = torch.ops.vreflection.image_plan(*arguments, num_tokens, str(device))
+        return RegionPlan(spans, key_box, num_tokens)
     grids, box_image, offsets = check_geometry(num_tokens, grids, box_image)
     size = grids[box_image]
     zero = np.zeros(len(box_image), dtype=np.int64)
     rects = np.stack([zero, size[:, 0], zero, size[:, 1]], axis=1)
     return rect_plan(rects, grids, box_image, offsets, device)
+
+
+def traced_geometry(*values) -> list[torch.Tensor]:
+    """Geometry as tensors, for the planning operators that `torch.compile` sees instead of host code."""
+    return [torch.as_tensor(value) for value in values]
 
 
 def check_boxes_match(boxes, box_image: np.ndarray) -> np.ndarray:
@@ -158,3 +202,30 @@ def check_boxes_match(boxes, box_image: np.ndarray) -> np.ndarray:
         bad = np.flatnonzero(~np.isfinite(boxes).all(axis=1)).tolist()
         raise ValueError(f"boxes {bad} are not finite: {boxes[bad].tolist()}")
     return boxes
+
+
+def check_tokens(tokens: torch.Tensor, width: int | None = None) -> None:
+    expected = "D" if width is None else width
+    if tokens.dim() != 2 or (width is not None and tokens.shape[1] != width):
+        raise ValueError(f"tokens: expected packed (T, {expected}), got {tuple(tokens.shape)}")
+    if not tokens.is_floating_point():
+        raise ValueError(f"tokens: expected floating point, got {tokens.dtype}")
+
+
+def row_strided(tokens: torch.Tensor) -> torch.Tensor:
+    """Tokens whose channels are adjacent, which is all the kernels ask; anything else is copied."""
+    return tokens if tokens.stride(1) == 1 else tokens.contiguous()
+
+
+def _traced_window_plan(grids, box_image, boxes, num_tokens, device):
+    plan = window_plan(num_tokens, grids, boxes, box_image, device)
+    return plan.spans_B5, plan.key_box_S
+
+
+def _traced_image_plan(grids, box_image, num_tokens, device):
+    plan = image_plan(num_tokens, grids, box_image, device)
+    return plan.spans_B5, plan.key_box_S
+
+
+LIBRARY.impl("window_plan", _traced_window_plan, "CompositeExplicitAutograd")
+LIBRARY.impl("image_plan", _traced_image_plan, "CompositeExplicitAutograd")

@@ -1,4 +1,4 @@
-"""RoI-Align on packed tokens, and its sampling map as indices and weights (rows of a sparse matrix)."""
+"""RoI-Align on packed tokens, and its sampling map as separable taps (rows of a sparse matrix)."""
 
 from __future__ import annotations
 
@@ -7,24 +7,34 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from .regions import RegionPlan, check_boxes_match, check_geometry, rect_plan
-
-IMPLEMENTATIONS = ("auto", "torch", "reference")
+from .dispatch import choose, operator
+from .regions import (
+    RegionPlan,
+    check_boxes_match,
+    check_geometry,
+    check_tokens,
+    device_tensor,
+    rect_plan,
+    row_strided,
+    traced_geometry,
+)
+from .schemas import LIBRARY, wide_dtype
 
 
 def _axis_taps(
     start: np.ndarray, extent: np.ndarray, length: np.ndarray, cells: int, sampling_ratio: int, aligned: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Bilinear taps along one axis: indices and weights `(B, cells, S, 2)`; the mean over samples is in the weights."""
+    """Bilinear taps along one axis: indices and weights `(B, P, 2 * samples)`, each cell a mean over its samples."""
     if not aligned:
         extent = np.maximum(extent, 1.0)
     bin_size = extent / cells
     samples = np.full(len(start), sampling_ratio) if sampling_ratio > 0 else np.maximum(np.ceil(bin_size), 0)
     count = int(max(samples.max(initial=1), 1))
-    step = np.arange(count)
-    cell = np.arange(cells)[None, :, None]
+    step, cell = np.arange(count), np.arange(cells)[None, :, None]
+    used = step < samples[:, None, None]
+    within = np.where(used, step, 0)  # samples that a box does not take repeat its first one, with weight zero
     position = start[:, None, None] + bin_size[:, None, None] * (
-        cell + (step + 0.5) / np.maximum(samples, 1)[:, None, None]
+        cell + (within + 0.5) / np.maximum(samples, 1)[:, None, None]
     )
     last = (length - 1).astype(np.float64)[:, None, None]
     # Outside the outermost token centres the border value is repeated.
@@ -32,10 +42,14 @@ def _axis_taps(
     low = np.floor(position)
     high = np.minimum(low + 1, last)
     fraction = position - low
-    scale = (step < samples[:, None, None]) / np.maximum(samples, 1)[:, None, None]
-    index = np.stack([low, high], axis=-1).astype(np.int64)
-    weight = np.stack([(1 - fraction) * scale, fraction * scale], axis=-1)
+    scale = used / np.maximum(samples, 1)[:, None, None]
+    index = np.concatenate([low, high], axis=-1).astype(np.int64)
+    weight = np.concatenate([(1 - fraction) * scale, fraction * scale], axis=-1)
     return index, weight
+
+
+def _pad_taps(taps: np.ndarray, count: int) -> np.ndarray:
+    return np.pad(taps, ((0, 0), (0, 0), (0, count - taps.shape[-1])))
 
 
 def roi_plan(
@@ -49,64 +63,115 @@ def roi_plan(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> RegionPlan:
-    """Plan whose keys are `output_size**2` RoI cells, sampled from the tokens in the box's support."""
-    grids, box_image, offsets = check_geometry(num_tokens, grids, box_image)
-    boxes = check_boxes_match(boxes, box_image)
+    """Plan whose keys are `output_size**2` RoI cells, sampled from the tokens in the box's support.
+
+    `dtype` is that of the tap weights: float32, or float64 for float64 tokens.
+    """
     if output_size < 1:
         raise ValueError(f"output_size: expected at least 1, got {output_size}")
+    settings = (output_size, sampling_ratio, aligned)
+    if torch.compiler.is_compiling():
+        arguments = traced_geometry(grids, box_image, boxes)
+        plan = torch.ops.vreflection.roi_plan(*arguments, num_tokens, *settings, dtype == torch.float64, str(device))
+        return RegionPlan(plan[0], plan[1], num_tokens, plan[2], plan[3])
+    grids, box_image, offsets = check_geometry(num_tokens, grids, box_image)
+    boxes = check_boxes_match(boxes, box_image)
     size = grids[box_image]
     scale = np.stack([size[:, 1], size[:, 0], size[:, 1], size[:, 0]], axis=1)
     rois = boxes * scale - (0.5 if aligned else 0.0)
-    axis = [
+    axes = [
         _axis_taps(rois[:, a], rois[:, a + 2] - rois[:, a], size[:, 1 - a], output_size, sampling_ratio, aligned)
         for a in (1, 0)
     ]
-    (row_index, row_weight), (column_index, column_weight) = axis
-    rects = np.stack(
-        [
-            fn(index, axis=(1, 2, 3)) + edge
-            for index in (row_index, column_index)
-            for fn, edge in ((np.min, 0), (np.max, 1))
-        ],
-        axis=1,
-    ).reshape(-1, 4)
-    plan = rect_plan(rects, grids, box_image, offsets, device)
-    # (B, cell row, cell column, row taps, column taps): the outer product of the two axes.
-    count, _, samples_y, _ = row_index.shape
-    samples_x = column_index.shape[2]
-    as_rows = (count, output_size, 1, samples_y * 2, 1)
-    as_columns = (count, 1, output_size, 1, samples_x * 2)
-    as_cells = (count, output_size**2, samples_y * samples_x * 4)
-    rows = (row_index - rects[:, 0][:, None, None, None]).reshape(as_rows)
-    columns = (column_index - rects[:, 2][:, None, None, None]).reshape(as_columns)
-    width = (rects[:, 3] - rects[:, 2])[:, None, None, None, None]
-    index = (rows * width + columns).reshape(as_cells)
-    weight = (row_weight.reshape(as_rows) * column_weight.reshape(as_columns)).reshape(as_cells)
+    low = [index.min(axis=(1, 2)) for index, _ in axes]
+    high = [index.max(axis=(1, 2)) + 1 for index, _ in axes]
+    plan = rect_plan(np.stack([low[0], high[0], low[1], high[1]], axis=1), grids, box_image, offsets, device)
+    taps = max(index.shape[-1] for index, _ in axes)
+    inside = [_pad_taps(index - start[:, None, None], taps) for (index, _), start in zip(axes, low)]
+    weight = np.stack([_pad_taps(weight, taps) for _, weight in axes])
     return replace(
         plan,
-        cell_index_BCK=torch.from_numpy(index).to(device, non_blocking=True),
-        cell_weight_BCK=torch.from_numpy(weight).to(device=device, dtype=dtype, non_blocking=True),
+        tap_index=device_tensor(np.stack(inside), device),
+        tap_weight=device_tensor(weight, device).to(dtype, non_blocking=True),
     )
 
 
-def sample_cells(plan: RegionPlan, values_BRN: torch.Tensor) -> torch.Tensor:
-    """Apply S: per-token channels `(B, R, N)` to cell channels `(B, R, C)`."""
-    assert plan.cell_index_BCK is not None and plan.cell_weight_BCK is not None
-    count, cells, taps = plan.cell_index_BCK.shape
-    index = plan.cell_index_BCK.view(count, 1, cells * taps).expand(-1, values_BRN.shape[1], -1)
-    picked = values_BRN.gather(2, index).view(*values_BRN.shape[:2], cells, taps)
-    return torch.einsum("brck,bck->brc", picked, plan.cell_weight_BCK.to(values_BRN.dtype))
+def tap_matrices(plan_spans: list[list[int]], tap_index: torch.Tensor, tap_weight: torch.Tensor, box: int):
+    """The two axes of one box's sampling map as dense matrices `(P, height)` and `(P, width)`."""
+    _, _, height, width, _ = plan_spans[box]
+    cells = tap_index.shape[2]
+    return [
+        tap_weight.new_zeros(cells, extent).scatter_add(1, tap_index[axis, box], tap_weight[axis, box])
+        for axis, extent in enumerate((height, width))
+    ]
 
 
-def splat_cells(plan: RegionPlan, cells_BRC: torch.Tensor) -> torch.Tensor:
-    """Apply the transpose of S: cell channels `(B, R, C)` back to token channels `(B, R, N)`."""
-    assert plan.cell_index_BCK is not None and plan.cell_weight_BCK is not None
-    count, cells, taps = plan.cell_index_BCK.shape
-    rows = cells_BRC.shape[1]
-    spread = torch.einsum("brc,bck->brck", cells_BRC, plan.cell_weight_BCK.to(cells_BRC.dtype))
-    index = plan.cell_index_BCK.view(count, 1, cells * taps).expand(-1, rows, -1)
-    out = cells_BRC.new_zeros(count, rows, plan.num_keys)
-    return out.scatter_add(2, index, spread.reshape(count, rows, cells * taps))
+def rectangle(tokens: torch.Tensor, span: list[int]) -> torch.Tensor:
+    """One box's tokens, `(height, width, D)`: a view."""
+    first, stride, height, width, _ = span
+    row, column = tokens.stride()
+    return tokens.as_strided(
+        (height, width, tokens.shape[1]), (stride * row, row, column), tokens.storage_offset() + first * row
+    )
+
+
+def sample_cells(values_hwR: torch.Tensor, rows_Ph: torch.Tensor, columns_Pw: torch.Tensor) -> torch.Tensor:
+    """Apply the sampling map: token channels `(h, w, R)` to cell channels `(C, R)`."""
+    return torch.einsum("ph,hwr,qw->pqr", rows_Ph, values_hwR, columns_Pw).flatten(0, 1)
+
+
+def splat_cells(cells_CR: torch.Tensor, rows_Ph: torch.Tensor, columns_Pw: torch.Tensor) -> torch.Tensor:
+    """Apply its transpose: cell channels `(C, R)` back to token channels `(h, w, R)`."""
+    cells = cells_CR.unflatten(0, (rows_Ph.shape[0], columns_Pw.shape[0]))
+    return torch.einsum("ph,pqr,qw->hwr", rows_Ph, cells, columns_Pw)
+
+
+def roi_align_torch(tokens, spans, tap_index, tap_weight) -> torch.Tensor:
+    """Plain form of the operator `roi_align`, box by box."""
+    host = spans.tolist()
+    out = tokens.new_empty(len(host), tap_index.shape[2] ** 2, tokens.shape[1])
+    for box, span in enumerate(host):
+        maps = tap_matrices(host, tap_index, tap_weight, box)
+        out[box] = sample_cells(rectangle(tokens, span).to(tap_weight.dtype), *maps)
+    return out
+
+
+def roi_align_backward_torch(grad, spans, tap_index, tap_weight, num_tokens) -> torch.Tensor:
+    host = spans.tolist()
+    out = tap_weight.new_zeros(num_tokens, grad.shape[2])
+    for box, span in enumerate(host):
+        maps = tap_matrices(host, tap_index, tap_weight, box)
+        rectangle(out, span).add_(splat_cells(grad[box].to(tap_weight.dtype), *maps))
+    return out.to(grad.dtype)
+
+
+def _traced_roi_plan(
+    grids, box_image, boxes, num_tokens, output_size, sampling_ratio, aligned, float64, device
+):  # fmt: skip
+    dtype = torch.float64 if float64 else torch.float32
+    plan = roi_plan(num_tokens, grids, boxes, box_image, output_size, sampling_ratio, aligned, device, dtype)
+    return plan.geometry
+
+
+for _name, _function in (
+    ("roi_align_torch", roi_align_torch),
+    ("roi_align_backward_torch", roi_align_backward_torch),
+    ("roi_plan", _traced_roi_plan),
+):
+    LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
+
+
+class _RoIAlign(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tokens, spans, tap_index, tap_weight, impl):
+        ctx.save_for_backward(spans, tap_index, tap_weight)
+        ctx.impl, ctx.num_tokens = impl, tokens.shape[0]
+        return operator("roi_align", impl, tokens.device.type)(tokens, spans, tap_index, tap_weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        backward = operator("roi_align_backward", ctx.impl, grad.device.type)
+        return backward(grad.contiguous(), *ctx.saved_tensors, ctx.num_tokens), None, None, None, None
 
 
 def roi_align(
@@ -132,29 +197,26 @@ def roi_align(
         output_size: cells per side, P.
         sampling_ratio: samples per cell and axis; 0 = adaptive, `ceil(box size / P)`.
         aligned: shift by half a token so that integer coordinates lie between token centres.
-        impl: `"auto"`, `"torch"` or `"reference"`; only `"auto"` chooses.
+        impl: `"auto"`, `"reference"`, `"torch"`, `"cpp"` or `"triton"`; only `"auto"` chooses.
 
     Returns:
         `(B, P*P, D)` in the dtype of `tokens`, cells row-major.
 
     Raises:
-        ValueError: shapes or packing disagree, or `impl` is unknown.
+        ValueError: shapes or packing disagree, or `impl` is unknown or cannot run on these tensors.
 
     Source: He et al., Mask R-CNN, section 3. Gradients flow to `tokens` only.
     """
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl: expected one of {IMPLEMENTATIONS}, got {impl!r}")
+    check_tokens(tokens)
+    impl = choose("roi_align", impl, tokens)
     if impl == "reference":
         from .reference import roi_align_reference
 
         return roi_align_reference(tokens, grids, boxes, box_image, output_size, sampling_ratio, aligned)
     plan = roi_plan(
-        tokens.shape[0], grids, boxes, box_image, output_size, sampling_ratio, aligned, tokens.device, tokens.dtype
-    )
-    assert plan.cell_index_BCK is not None and plan.cell_weight_BCK is not None
+        tokens.shape[0], grids, boxes, box_image, output_size, sampling_ratio, aligned,
+        tokens.device, wide_dtype(tokens.dtype),
+    )  # fmt: skip
     if not plan.num_boxes:
         return tokens.new_zeros(0, output_size**2, tokens.shape[1])
-    # S as a dense (C, N) block per box: one batched product instead of K gathered copies of the features.
-    count, cells, _ = plan.cell_index_BCK.shape
-    map_BCN = tokens.new_zeros(count, cells, plan.num_keys).scatter_add(2, plan.cell_index_BCK, plan.cell_weight_BCK)
-    return torch.bmm(map_BCN, tokens[plan.token_index_BN])
+    return _RoIAlign.apply(row_strided(tokens), plan.spans_B5, plan.tap_index, plan.tap_weight, impl)

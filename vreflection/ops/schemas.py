@@ -1,9 +1,9 @@
 """Schemas and shape rules (fakes) of the registered operators, namespace `vreflection`.
 
-Device code implements them: `csrc/` on the CPU, `kernels/` on CUDA. `*_torch` twins run the plain PyTorch form anywhere.
+Device code implements them: `csrc/` on the CPU, `kernels/` on CUDA; `*_torch` twins run plain PyTorch anywhere.
 
-Geometry arguments, all from `regions.RegionPlan`: `spans (B, 5)` int64 `[first, stride, height, width, key_offset]`, `key_box
-(S,)` int32, `tap_index` / `tap_weight` `(2, B, P, K)` or neither. Shape suffixes: see `regions`.
+Geometry arguments, all from `regions.RegionPlan`: `spans (B, 5)` int64 `[first, stride, height, width, key_offset]`,
+`key_box (S,)` int32, `tap_index` / `tap_weight` `(2, B, P, K)` or neither. Shape suffixes: see `regions`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,22 @@ SCHEMAS = {
     "attend_backward": _ATTEND_BACKWARD,
     "roi_align": _ROI_ALIGN,
     "roi_align_backward": _ROI_ALIGN_BACKWARD,
+}
+_MAPS = "Tensor latents, Tensor targets, Tensor student_maps, Tensor teacher_maps, Tensor key_index"
+LOSS_SCHEMAS = {
+    "distillation": f"({_MAPS}, float eps, float kl_scale) -> (Tensor, Tensor)",
+    "distillation_backward": (
+        f"(Tensor grad_mse, Tensor grad_kl, {_MAPS}, float eps, float kl_scale, bool need_target_grad) "
+        "-> (Tensor, Tensor, Tensor)"
+    ),
+}
+PLAN_SCHEMAS = {
+    "window_plan": "(Tensor grids, Tensor box_image, Tensor boxes, SymInt num_tokens, str device) -> (Tensor, Tensor)",
+    "image_plan": "(Tensor grids, Tensor box_image, SymInt num_tokens, str device) -> (Tensor, Tensor)",
+    "roi_plan": (
+        "(Tensor grids, Tensor box_image, Tensor boxes, SymInt num_tokens, int output_size, int sampling_ratio, "
+        "bool aligned, bool float64, str device) -> (Tensor, Tensor, Tensor, Tensor)"
+    ),
 }
 SKINNY_SCHEMAS = {
     "skinny_nt": "(Tensor x, Tensor w) -> Tensor",
@@ -69,7 +85,38 @@ def _roi_align_backward(grad, spans, tap_index, tap_weight, num_tokens):
     return grad.new_empty((num_tokens, grad.shape[2]))
 
 
+def _plan(grids, box_image, *rest):
+    """Spans and key boxes; how many keys there are depends on the boxes."""
+    keys, device = torch.library.get_ctx().new_dynamic_size(), rest[-1]
+    spans = grids.new_empty((box_image.shape[0], 5), dtype=torch.int64, device=device)
+    return spans, grids.new_empty((keys,), dtype=torch.int32, device=device)
+
+
+def _roi_plan(grids, box_image, boxes, num_tokens, output_size, sampling_ratio, aligned, float64, device):
+    # An adaptive grid takes as many samples as the largest box asks for.
+    taps = 2 * sampling_ratio if sampling_ratio > 0 else torch.library.get_ctx().new_dynamic_size()
+    size, dtype = (2, box_image.shape[0], output_size, taps), torch.float64 if float64 else torch.float32
+    index = grids.new_empty(size, dtype=torch.int64, device=device)
+    return (*_plan(grids, box_image, device), index, grids.new_empty(size, dtype=dtype, device=device))
+
+
+def _distillation(latents, targets, student_maps, teacher_maps, key_index, eps, kl_scale):
+    return student_maps.new_empty(()), student_maps.new_empty(())
+
+
+def _distillation_backward(
+    grad_mse, grad_kl, latents, targets, student_maps, teacher_maps, key_index, eps, kl_scale, need_target_grad
+):
+    target_shape = targets.shape if need_target_grad else (0,)
+    return latents.new_empty(latents.shape), targets.new_empty(target_shape), student_maps.new_empty(student_maps.shape)
+
+
 _FAKES = {
+    "distillation": _distillation,
+    "distillation_backward": _distillation_backward,
+    "window_plan": _plan,
+    "image_plan": _plan,
+    "roi_plan": _roi_plan,
     "attend": _attend,
     "attend_backward": _attend_backward,
     "roi_align": _roi_align,
@@ -85,7 +132,7 @@ def define_all() -> None:
         for full in (name, f"{name}_torch"):
             LIBRARY.define(full + schema)
             torch.library.register_fake(f"vreflection::{full}", _FAKES[name], lib=LIBRARY)
-    for name, schema in SKINNY_SCHEMAS.items():
+    for name, schema in (SKINNY_SCHEMAS | PLAN_SCHEMAS | LOSS_SCHEMAS).items():
         LIBRARY.define(name + schema)
         torch.library.register_fake(f"vreflection::{name}", _FAKES[name], lib=LIBRARY)
 
