@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from . import losses, ops
     from .data.boxes import box_to_token_indices
     from .errors import CheckpointError, ConfigError, DataError
+    from .fuse import fuse
     from .model.config import VReflectionConfig
     from .model.modeling import VReflectionForConditionalGeneration
     from .model.processor import VReflectionProcessor
@@ -29,6 +30,7 @@ _HOMES = {
     "CheckpointError": "errors",
     "ConfigError": "errors",
     "DataError": "errors",
+    "fuse": "fuse",
     "losses": "",
     "ops": "",
 }
@@ -44,6 +46,7 @@ __all__ = [
     "VReflectionProcessor",
     "__version__",
     "box_to_token_indices",
+    "fuse",
     "losses",
     "ops",
 ]

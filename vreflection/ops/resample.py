@@ -59,8 +59,13 @@ def project_context(context_BRD: torch.Tensor, in_proj_weight: torch.Tensor, in_
     """Apply the value projection per head: `(B, H*Q, D)` to `(B, Q, D)`; differentiable."""
     width = context_BRD.shape[-1]
     value_weight = in_proj_weight[2 * width :].view(heads, width // heads, width)
-    values = torch.matmul(context_BRD.unflatten(1, (heads, -1)), value_weight.transpose(-1, -2))  # [B, H, Q, A]
-    return values.transpose(1, 2).flatten(-2) + in_proj_bias[2 * width :]
+    values = torch.matmul(context_BRD.unflatten(1, (heads, -1)), value_weight.transpose(-1, -2))
+    return merge_box_heads(values) + in_proj_bias[2 * width :]
+
+
+def merge_box_heads(values_BHQA: torch.Tensor) -> torch.Tensor:
+    """`(B, H, Q, A)` to `(B, Q, D)`."""
+    return values_BHQA.transpose(1, 2).flatten(-2)
 
 
 def split_heads(values_ND: torch.Tensor, heads: int) -> torch.Tensor:
@@ -186,7 +191,8 @@ def resample(
     """
     check_tokens(tokens, weights.out_proj_weight.shape[0])
     queries = check_queries(queries, tokens, plan, heads)
-    queries, tokens, weights = autocast(queries, tokens, weights)
+    queries, tokens, *cast = autocast_values(queries, tokens, *weights)
+    weights = AttentionWeights(*cast)
     chosen = choose("resample", impl, tokens)
     if plan.num_boxes == 0:
         out = tokens.new_zeros(0, *queries.shape[1:])
@@ -221,15 +227,15 @@ def check_queries(queries: torch.Tensor, tokens: torch.Tensor, plan: RegionPlan,
     return queries
 
 
-def autocast(queries: torch.Tensor, tokens: torch.Tensor, weights: AttentionWeights):
+def autocast_values(*values: torch.Tensor) -> list[torch.Tensor]:
     """Everything in the autocast dtype when autocast is on; otherwise one dtype is asked for."""
-    device = tokens.device.type
-    if torch.is_autocast_enabled(device) and tokens.dtype != torch.float64:
+    device = values[0].device.type
+    if torch.is_autocast_enabled(device) and values[0].dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
-        return queries.to(dtype), tokens.to(dtype), AttentionWeights(*(w.to(dtype) for w in weights))
-    dtypes = {str(t.dtype) for t in (queries, tokens, *weights)}
+        return [value.to(dtype) for value in values]
+    dtypes = {str(value.dtype) for value in values}
     if len(dtypes) > 1:
         raise ValueError(
             f"queries, tokens and weights must have one dtype, got {sorted(dtypes)}; cast them, or use torch.autocast"
         )
-    return queries, tokens, weights
+    return list(values)

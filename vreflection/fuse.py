@@ -1,0 +1,252 @@
+"""Put the absorbed few-query attention into somebody else's model: two lines, in place, reversible.
+
+`handle = vr.fuse(model)` gives every suitable `torch.nn.MultiheadAttention` *instance* a forward that runs
+`vreflection.ops`; classes are never touched, parameters and state dict stay as they are, `handle.undo()` restores it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+import torch
+from torch import nn
+
+from .ops import AttentionWeights, RegionPlan, cost_model, image_plan, region_attention, resample
+from .ops.regions import rect_plan
+from .ops.resample import autocast_values, merge_box_heads
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class FusedHandle:
+    """What `fuse` changed.
+
+    Attributes:
+        fused: names of the attention modules that now run our operators.
+        refused: name → reason, for those that were left alone.
+        calls: how often each fused module ran `"absorbed"`, or `"stock"` where making keys and values is cheaper.
+    """
+
+    fused: dict[str, nn.MultiheadAttention]
+    refused: dict[str, str]
+    calls: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    def undo(self) -> None:
+        """Give every module its own forward back; calling it twice does nothing more."""
+        for module in self.fused.values():
+            module.__dict__.pop("forward", None)
+
+    def __enter__(self) -> FusedHandle:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.undo()
+
+
+def fuse(model: nn.Module, impl: str = "auto") -> FusedHandle:
+    """Swap the few-query attention of `model` (any module, or an attention itself) for ours, in place.
+
+    Suitable is an `nn.MultiheadAttention` called with few queries over many tokens that are both keys and values: a
+    Perceiver-style resampler with learnable or given queries, `kdim = vdim` of any width, with or without bias, batched
+    or not, with `key_padding_mask`. Outputs, averaged weights and gradients are the stock module's up to rounding.
+    Calls where that would cost more (self-attention, many queries, few keys, per-head weights) run the stock forward.
+
+    Args:
+        model: searched with all its submodules. impl: as in `vreflection.ops.resample`.
+
+    Returns:
+        A handle: `.undo()`, `.fused`, `.refused` (with reasons), `.calls`. It is also a context manager.
+
+    Raises:
+        ValueError: nothing in `model` can be swapped; the message says why for each candidate. Later, in a fused
+            module's own forward: an `attn_mask`, or keys and values that differ (as rotary embedding or key
+            normalisation would make them), which the absorbed form cannot honour.
+    """
+    fused, refused = {}, {}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.MultiheadAttention):
+            continue
+        reason = why_not_fused(module)
+        if reason:
+            refused[name] = reason
+        else:
+            fused[name] = module
+    if not fused:
+        told = "; ".join(f"{name or 'the module itself'}: {reason}" for name, reason in refused.items())
+        raise ValueError(
+            f"nothing to fuse in {type(model).__name__}: "
+            + (told or "it holds no torch.nn.MultiheadAttention; call vreflection.ops.resample from your own module")
+        )
+    handle = FusedHandle(fused, refused)
+    for name, module in fused.items():
+        handle.calls[name] = {"absorbed": 0, "stock": 0}
+        module.forward = partial(fused_forward, module, handle.calls[name], impl)
+    logger.info("fused %s; left alone: %s", sorted(fused), refused or "nothing")
+    return handle
+
+
+def why_not_fused(module: nn.MultiheadAttention) -> str:
+    """Why this attention cannot be swapped without changing its result; an empty string when it can."""
+    if type(module) is not nn.MultiheadAttention:
+        return (
+            f"{type(module).__name__} is a subclass with its own rules; rotary embedding or a norm on queries and keys "
+            "could not be absorbed"
+        )
+    if "forward" in module.__dict__:
+        return "its forward was already replaced on the instance (fused twice? undo the first handle)"
+    if module.dropout:
+        return f"dropout={module.dropout} acts on attention weights, which are never made per head in one piece; set 0"
+    if module.add_zero_attn:
+        return "add_zero_attn=True adds a key of zeros"
+    if module.bias_k is not None or module.bias_v is not None:
+        return "add_bias_kv=True adds a learnable key"
+    if module.kdim != module.vdim:
+        return f"kdim={module.kdim} and vdim={module.vdim} differ, so keys and values cannot be the same tokens"
+    return ""
+
+
+def fused_forward(
+    module: nn.MultiheadAttention,
+    calls: dict[str, int],
+    impl: str,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_padding_mask: torch.Tensor | None = None,
+    need_weights: bool = True,
+    attn_mask: torch.Tensor | None = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
+):
+    """`nn.MultiheadAttention.forward`, absorbed. Shapes as in PyTorch's documentation."""
+    refuse_call(query, key, value, key_padding_mask, attn_mask, is_causal)
+    stock = partial(
+        nn.MultiheadAttention.forward, module, query, key, value,
+        key_padding_mask=key_padding_mask, need_weights=need_weights, average_attn_weights=average_attn_weights,
+    )  # fmt: skip
+    batched = query.dim() == 3
+    query_BQE, key_BND = (x if batched else x[None] for x in (query, key))
+    if batched and not module.batch_first:
+        query_BQE, key_BND = query_BQE.transpose(0, 1), key_BND.transpose(0, 1)
+    shared = query_BQE.shape[0] == 1 or query_BQE.stride(0) == 0
+    if (need_weights and not average_attn_weights) or not absorbing_pays(module, query_BQE, key_BND, shared):
+        calls["stock"] += 1
+        return stock()
+    calls["absorbed"] += 1
+    batch, keys, width = key_BND.shape
+    # Padded keys are never read, so they need not be zero.
+    mask_BN = None if key_padding_mask is None else key_padding_mask.view(batch, keys)
+    tokens = key_BND.reshape(batch * keys, width)
+    plan, kept = padded_plan(tokens, batch, keys, mask_BN)
+    tokens = tokens if kept is None else tokens[kept]
+    out, maps_SQ = attend(module, query_BQE[:1] if shared else query_BQE, tokens, plan, impl, need_weights)
+    weights = None if maps_SQ is None else unpack_maps(maps_SQ, batch, keys, plan, mask_BN)
+    if not batched:
+        return out[0], None if weights is None else weights[0]
+    return out if module.batch_first else out.transpose(0, 1), weights
+
+
+def refuse_call(query, key, value, key_padding_mask, attn_mask, is_causal: bool) -> None:
+    fix = "; undo() the handle, or fuse only the modules that are called without it"
+    if attn_mask is not None or is_causal:
+        raise ValueError(f"a fused attention takes no attn_mask: rows of queries share one softmax range{fix}")
+    if key is not value and (torch.compiler.is_compiling() or not same_tensor(key, value)):
+        raise ValueError(
+            "a fused attention needs keys and values to be the same tokens, got two tensors (rotary embedding or a "
+            f"norm on the keys only?){fix}"
+        )
+    if query.dim() not in (2, 3) or query.dim() != key.dim():
+        raise ValueError(f"query and key: expected 2-D or 3-D alike, got {tuple(query.shape)} and {tuple(key.shape)}")
+    if key_padding_mask is not None and key_padding_mask.dtype != torch.bool:
+        raise ValueError(f"key_padding_mask: expected bool (True = ignore), got {key_padding_mask.dtype}{fix}")
+
+
+def same_tensor(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Two views of the same memory, laid out alike, that autograd treats alike."""
+    return (
+        left.data_ptr() == right.data_ptr()
+        and left.shape == right.shape
+        and left.stride() == right.stride()
+        and left.requires_grad == right.requires_grad
+        and left._base is not None
+        and left._base is right._base
+    )
+
+
+def absorbing_pays(module: nn.MultiheadAttention, query_BQE, key_BND, shared: bool) -> bool:
+    batch, keys, width = key_BND.shape
+    if query_BQE is key_BND or query_BQE.shape[1] >= keys:
+        return False
+    shape = (batch, shared, query_BQE.shape[1], module.num_heads, width, batch * keys, key_BND.element_size())
+    return cost_model.absorbed_cost(*shape) <= cost_model.projected_cost(*shape)
+
+
+def padded_plan(
+    tokens: torch.Tensor, batch: int, keys: int, mask_BN: torch.Tensor | None
+) -> tuple[RegionPlan, torch.Tensor | None]:
+    """Plan over `(batch * keys, D)` tokens, and the tokens to keep when the mask is not plain right-padding."""
+    if mask_BN is None:
+        return image_plan(batch * keys, [[1, keys]] * batch, list(range(batch)), tokens.device), None
+    valid = ~mask_BN.detach().cpu().numpy()
+    counts = valid.sum(1)
+    if not counts.all():
+        raise ValueError(f"key_padding_mask leaves no key in batch rows {np.flatnonzero(counts == 0).tolist()}")
+    if (valid == (np.arange(keys) < counts[:, None])).all():
+        rows = np.arange(batch)
+        rects = np.stack([np.zeros(batch), np.ones(batch), np.zeros(batch), counts], axis=1).astype(np.int64)
+        grids = np.tile(np.array([[1, keys]]), (batch, 1))
+        return rect_plan(rects, grids, rows, rows * keys, tokens.device), None
+    kept = torch.from_numpy(np.flatnonzero(valid)).to(tokens.device)
+    return image_plan(len(kept), [[1, n] for n in counts], list(range(batch)), tokens.device), kept
+
+
+def attend(module, query_BQE, tokens, plan: RegionPlan, impl: str, need_weights: bool):
+    """Output `(B, Q, E)` and head-mean weights `(S, Q)` or `None`."""
+    out = module.out_proj
+    if module._qkv_same_embed_dim:
+        in_bias, out_bias = biases(module)
+        weights = AttentionWeights(module.in_proj_weight, in_bias, out.weight, out_bias)
+        result = resample(query_BQE, tokens, plan, weights, module.num_heads, need_weights, impl)
+        return result if isinstance(result, tuple) else (result, None)
+    return attend_wide(module, query_BQE, tokens, plan, impl, need_weights)
+
+
+def attend_wide(module, query_BQE, tokens, plan: RegionPlan, impl: str, need_weights: bool):
+    """Keys of another width than the queries: separate projections, absorbed by plain products."""
+    heads, embed = module.num_heads, module.embed_dim
+    in_bias, out_bias = biases(module)
+    query, tokens, weight_q, weight_k, weight_v, out_weight, in_bias, out_bias = autocast_values(
+        query_BQE, tokens, module.q_proj_weight, module.k_proj_weight, module.v_proj_weight,
+        module.out_proj.weight, in_bias, out_bias,
+    )  # fmt: skip
+    bias_q, _, bias_v = in_bias.split(embed)
+    projected = nn.functional.linear(query, weight_q, bias_q) * (embed // heads) ** -0.5
+    rows = projected.unflatten(-1, (heads, -1)).transpose(1, 2) @ weight_k.unflatten(0, (heads, -1))
+    result = region_attention(rows.flatten(1, 2), tokens, plan, heads if need_weights else 0, impl)
+    context, maps = result if isinstance(result, tuple) else (result, None)
+    values = context.unflatten(1, (heads, -1)) @ weight_v.unflatten(0, (heads, -1)).transpose(1, 2)
+    return nn.functional.linear(merge_box_heads(values) + bias_v, out_weight, out_bias), maps
+
+
+def biases(module: nn.MultiheadAttention) -> Iterable[torch.Tensor]:
+    """Input and output bias; zeros where the module has none."""
+    in_bias, out_bias, embed = module.in_proj_bias, module.out_proj.bias, module.embed_dim
+    weight = module.out_proj.weight
+    return (
+        weight.new_zeros(3 * embed) if in_bias is None else in_bias,
+        weight.new_zeros(embed) if out_bias is None else out_bias,
+    )
+
+
+def unpack_maps(maps_SQ, batch: int, keys: int, plan: RegionPlan, mask_BN) -> torch.Tensor:
+    """Packed weights as `(B, Q, N)`, zero at padded keys."""
+    if mask_BN is None:
+        return maps_SQ.unflatten(0, (batch, keys)).transpose(1, 2)
+    padded = maps_SQ.new_zeros(batch * keys, maps_SQ.shape[1])
+    index = (~mask_BN).flatten().nonzero()[:, 0]
+    return padded.index_copy(0, index, maps_SQ).unflatten(0, (batch, keys)).transpose(1, 2)
