@@ -1,0 +1,81 @@
+// Vector kernels of the CPU operators: one table of functions per storage type, compiled once per instruction set and
+// chosen at run time. Names: T tokens, R query rows, D width, L vector lanes.
+#pragma once
+
+#include <cstdint>
+
+namespace vreflection {
+
+struct bf16 {
+  uint16_t bits;
+};
+
+template <class X>
+struct wide_of {
+  using type = float;
+};
+template <>
+struct wide_of<double> {
+  using type = double;
+};
+// What sums are kept in: float, or double for double.
+template <class X>
+using Wide = typename wide_of<X>::type;
+
+// Columns of one register tile are a multiple of this for every instruction set and type (3 vectors of at most 16).
+constexpr int64_t kTileColumns = 48;
+// Reduction depth that one pass of `dot_rows` keeps in the first-level cache: 8 rows x 512 floats are 16 KiB.
+constexpr int64_t kDotBlock = 512;
+// Output of `dot_rows` is padded to this many rows per token.
+constexpr int64_t kRowPad = 8;
+
+template <class X>
+struct Kernels {
+  using W = Wide<X>;
+
+  // out[t * ld_out + r] = sum_k tokens[offset[t] + k] * rows[r * ld_rows + k]. `ld_out` is a multiple of kRowPad;
+  // `scratch` holds num_rows * kDotBlock wide values.
+  void (*dot_rows)(const X* tokens, const int64_t* offset, int64_t count, const X* rows, int64_t ld_rows,
+                   int64_t num_rows, int64_t width, W* out, int64_t ld_out, W* scratch);
+
+  // out[out_row[r] + c] += sum_n weights[n * ld_weights + r] * tokens[offset[n] + c] for c < columns. Output rows must
+  // hold a multiple of kTileColumns; what lies past `columns` receives zeros.
+  void (*mix_rows)(const W* weights, int64_t ld_weights, int64_t num_rows, const X* tokens, const int64_t* offset,
+                   int64_t count, int64_t columns, W* out, const int64_t* out_row);
+
+  // out[r * ld_out + c] = sum_m left[m * ld_left + r] * right[m * ld_right + c], overwritten, for r < num_rows and
+  // c < columns. Rows of `right` must be readable up to a multiple of kTileColumns.
+  void (*outer_rows)(const W* left, int64_t ld_left, int64_t num_rows, const W* right, int64_t ld_right, int64_t depth,
+                     int64_t columns, X* out, int64_t ld_out);
+
+  // Softmax over `count` rows, for each of `columns` columns; in place.
+  void (*softmax_columns)(W* scores, int64_t ld, int64_t count, int64_t columns);
+  // grad := probability * (grad - sum over rows of probability * grad), per column.
+  void (*softmax_backward_columns)(W* grad, int64_t ld_grad, const W* probability, int64_t ld, int64_t count,
+                                   int64_t columns);
+
+  // out += scale * in
+  void (*add_scaled)(W* out, const W* in, W scale, int64_t count);
+  void (*add_scaled_tokens)(W* out, const X* in, W scale, int64_t count);
+  void (*widen)(const X* in, W* out, int64_t count);
+  void (*narrow)(const W* in, X* out, int64_t count);
+};
+
+namespace avx512 {
+template <class X>
+const Kernels<X>& table();
+}
+namespace avx2 {
+template <class X>
+const Kernels<X>& table();
+}
+namespace generic {
+template <class X>
+const Kernels<X>& table();
+}
+
+// The table for this machine, or for what VREFLECTION_CPU_ISA (generic, avx2, avx512) asks for.
+template <class X>
+const Kernels<X>& kernels();
+
+}  // namespace vreflection

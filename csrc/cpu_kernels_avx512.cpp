@@ -1,0 +1,11 @@
+// Vector kernels for AVX-512. The pragma follows the headers, so that nothing of theirs is compiled for it.
+#include "cpu_kernels.h"
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#include <immintrin.h>
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
+#define VREFLECTION_ISA avx512
+#define VREFLECTION_VECTOR_BYTES 64
+#define VREFLECTION_TILE_ROWS 8  // 8 x 3 accumulators of 32 registers
+#include "cpu_kernels_impl.h"
+#endif
