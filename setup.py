@@ -1,7 +1,7 @@
-"""Packages that live outside `vreflection/`, and the build of the C++ and CUDA operators. The rest is in pyproject.toml.
+"""Packages outside `vreflection/`, and the build of the C++ and CUDA operators. The rest is in pyproject.toml.
 
-The extension is optional: without torch, a compiler, or with `VREFLECTION_SKIP_EXT=1` the package installs as pure Python
-and says so in one line. `VREFLECTION_REQUIRE_EXT=1` turns a missing or failing build of the CPU part into an error. Also
+The extension is optional: without torch or a compiler, or with `VREFLECTION_SKIP_EXT=1`, the package installs as pure
+Python and says so in one line. `VREFLECTION_REQUIRE_EXT=1` turns a missing or failing build into an error. Also
 read: `CXX`, `CXXFLAGS`, `CUDA_HOME`, `TORCH_CUDA_ARCH_LIST`, `MAX_JOBS`.
 """
 
@@ -22,6 +22,7 @@ from pathlib import Path
 from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 MIN_TORCH = (2, 11)
@@ -202,7 +203,9 @@ class BuildDeviceCode(build_ext):
             except CannotBuild as error:
                 what = "CUDA code" if is_cuda else "C++ operators"
                 if flag("VREFLECTION_REQUIRE_EXT") and not (is_cuda and find_nvcc() is None):
-                    raise SystemExit(f"vreflection: {what} not built, and VREFLECTION_REQUIRE_EXT is set: {error}")
+                    raise SystemExit(
+                        f"vreflection: {what} not built, and VREFLECTION_REQUIRE_EXT is set: {error}"
+                    ) from None
                 say(f"{what} not built, the package works without: {error}")
                 self.extensions.remove(extension)
                 self.remove_stale(target)
@@ -215,6 +218,24 @@ class BuildDeviceCode(build_ext):
     @staticmethod
     def remove_stale(target: Path) -> None:
         target.unlink(missing_ok=True)
+
+
+class BuildPython(build_py):
+    """An editable install finds `vreflection.kernels` through a link.
+
+    setuptools' own hook serves a folder without `__init__.py` at the top level only, and `kernels/` must have none: a
+    regular package of that name in the working directory would shadow another library.
+    """
+
+    def run(self) -> None:
+        link = ROOT / "vreflection" / "kernels"
+        if self.editable_mode and not link.is_dir():
+            try:
+                link.unlink(missing_ok=True)
+                link.symlink_to(Path("..") / "kernels", target_is_directory=True)
+            except OSError as error:
+                say(f"no link {link} to ../kernels ({error}): Triton kernels are not found in this editable install")
+        super().run()
 
 
 class TaggedWheel(bdist_wheel):
@@ -248,5 +269,5 @@ setup(
     packages=[*find_packages(include=["vreflection", "vreflection.*"]), "vreflection.configs", "vreflection.kernels"],
     package_dir={"vreflection.configs": "configs", "vreflection.kernels": "kernels"},
     ext_modules=extensions(),
-    cmdclass={"build_ext": BuildDeviceCode, "bdist_wheel": TaggedWheel},
+    cmdclass={"build_ext": BuildDeviceCode, "build_py": BuildPython, "bdist_wheel": TaggedWheel},
 )
