@@ -180,6 +180,23 @@ def test_refusals_name_the_fix(oracle):
         kernels.attend(rows[..., :4], tokens, spans, key_box, None, None, 0)
 
 
+def test_token_offsets_past_2_31_elements(oracle):
+    """Token 3 starts at element 3 * 2^30; the untouched memory between the rows is never committed."""
+    kernels = oracle.kernel_module("region_attention")
+    try:
+        tokens = torch.empty(3 * 2**30 + 16, dtype=torch.float16).as_strided((4, 16), (2**30, 1))
+    except RuntimeError:
+        pytest.skip("cannot reserve 6 GB of address space")
+    generator = torch.Generator().manual_seed(0)
+    tokens.copy_(torch.randn(4, 16, generator=generator))
+    rows = torch.randn(1, 2, 16, generator=generator).half()
+    spans, key_box, _ = oracle.geometry([(2, 2)], [(0, 0, 2, 0, 2)])
+    got = kernels.attend(rows, tokens, spans, key_box, None, None, 1)
+    near = kernels.attend(rows, tokens.contiguous(), spans, key_box, None, None, 1)
+    assert torch.equal(got[0], near[0])
+    oracle.assert_close(got[1], oracle.dense_attend(rows.double(), tokens.double(), spans, None, None, 1)[1], 1e-3)
+
+
 def test_ragged_shapes_drawn_by_hypothesis(oracle):
     hypothesis = pytest.importorskip("hypothesis")
     st = hypothesis.strategies

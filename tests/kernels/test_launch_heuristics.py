@@ -1,0 +1,137 @@
+"""Grids, splits and the byte model: pure Python, no triton."""
+
+import itertools
+import subprocess
+import sys
+
+import pytest
+import torch
+
+SHAPES = list(itertools.product((1, 63, 1023, 5120, 20480, 300_000), (1, 8, 64, 200), (16, 37, 3584), (2, 4)))
+
+
+@pytest.fixture
+def launch(oracle):
+    return oracle.kernel_module("launch")
+
+
+def owners(launch, counts, tile):
+    """Tiles per box as the device finds them: box b owns the slots from key_offset // tile + b."""
+    offsets = [sum(counts[:box]) for box in range(len(counts))]
+    starts = [offset // tile + box for box, offset in enumerate(offsets)] + [
+        launch.tile_slots(sum(counts), len(counts), tile)
+    ]
+    return [end - start for start, end in zip(starts, starts[1:])]
+
+
+@pytest.mark.parametrize("tile", [1, 7, 64, 128, 1024])
+def test_tile_slots_cover_every_box(launch, tile):
+    generator = torch.Generator().manual_seed(tile)
+    for _ in range(200):
+        boxes = int(torch.randint(1, 9, (), generator=generator))
+        counts = torch.randint(1, 4 * tile + 2, (boxes,), generator=generator).tolist()
+        for count, slots in zip(counts, owners(launch, counts, tile)):
+            assert slots >= launch.ceil_div(count, tile)
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 64])
+def test_chunks_of_split_boxes_never_share_a_workspace_slot(launch, chunk):
+    generator = torch.Generator().manual_seed(chunk)
+    for _ in range(200):
+        counts = torch.randint(1, 4 * chunk + 2, (12,), generator=generator).tolist()
+        used, offset = [], 0
+        for count in counts:
+            if count > chunk:
+                used += [2 * ((offset + begin) // chunk) + (begin == 0) for begin in range(0, count, chunk)]
+            offset += count
+        assert len(set(used)) == len(used)
+        assert all(slot < launch.chunk_slots(offset, chunk) for slot in used)
+
+
+@pytest.mark.parametrize("keys, rows, depth, element_size", SHAPES)
+def test_every_choice_is_a_shipped_config(launch, keys, rows, depth, element_size):
+    config = launch.AttentionConfig.from_shape(keys, rows, depth, element_size)
+    shipped = launch.shipped_configs()
+    bits = "32" if element_size == 4 else "16"
+    assert config.scores in shipped[f"scores/{bits}"]
+    assert config.context in shipped[f"context/{bits}"]
+    assert config.token_gradient in shipped[f"token_gradient/{bits}"]
+    steps = launch.ceil_div(depth, config.scores.depth)
+    assert 1 <= config.depth_splits <= min(steps, launch.MAX_DEPTH_SPLITS)
+    assert config.chunk % config.context.tokens == 0
+    # Workspace of the split sums: bounded by the number of programs, not by the keys.
+    columns = launch.ceil_div(depth, config.context.depth)
+    chunks = launch.ceil_div(keys, config.chunk)
+    assert chunks * columns <= 2 * launch.PROGRAMS_PER_MULTIPROCESSOR * launch.H200_MULTIPROCESSORS or chunks == 1
+
+
+@pytest.mark.parametrize("keys", [1024, 5120, 20480])
+def test_one_image_fills_the_device(launch, keys):
+    config = launch.AttentionConfig.from_shape(keys, 64, 3584, 2)
+    tiles = launch.ceil_div(keys, config.scores.tokens)
+    wanted = launch.H200_MULTIPROCESSORS if keys > 1024 else 64
+    assert tiles * config.depth_splits >= wanted
+    chunks = launch.ceil_div(keys, config.chunk)
+    assert chunks * launch.ceil_div(3584, config.context.depth) >= min(wanted, 100)
+
+
+def test_large_inputs_use_large_score_tiles(launch):
+    assert launch.AttentionConfig.from_shape(100_000, 64, 3584, 2).scores.tokens == 128
+    assert launch.AttentionConfig.from_shape(1024, 64, 3584, 2).scores.tokens == 64
+
+
+@pytest.mark.parametrize("rows, tile", [(1, 16), (16, 16), (17, 32), (64, 64), (65, 128), (128, 128), (300, 128)])
+def test_row_tile(launch, rows, tile):
+    assert launch.row_tile(rows) == tile
+    assert launch.ceil_div(rows, tile) * tile >= rows
+
+
+def test_grids_stay_inside_the_launch_limits(launch):
+    """First grid axis below 2^31, the others below 2^16, for a million tokens."""
+    config = launch.AttentionConfig.from_shape(1_000_000, 64, 3584, 2)
+    assert launch.tile_slots(1_000_000, 1000, config.scores.tokens) < 2**31
+    assert launch.tile_slots(1_000_000, 1000, config.chunk) < 2**16
+    assert launch.ceil_div(1_000_000, config.token_gradient.tokens) < 2**16
+    assert launch.ceil_div(3584, config.token_gradient.depth) < 2**31
+
+
+def test_bad_config_names_the_fix(launch):
+    with pytest.raises(ValueError, match="use AttentionConfig.from_shape"):
+        launch.AttentionConfig.from_shape(100, 8, 64, 2).with_splits(0, 64)
+    with pytest.raises(ValueError, match="multiple of 64"):
+        launch.AttentionConfig.from_shape(100, 8, 64, 2).with_splits(1, 65)
+
+
+def test_speed_of_light_of_the_measured_case(launch):
+    """5120 tokens of width 3584 in bf16: 37 MB, two passes; 64 rows are 56 times fewer flops than projecting."""
+    sol = launch.speed_of_light("attend", keys=5120, boxes=1, rows=64, depth=3584, element_size=2)
+    assert sol.token_passes == 2
+    assert 5120 * 3584 * 2 < sol.bytes < 1.1 * 5120 * 3584 * 2
+    assert sol.moved > 2 * 5120 * 3584 * 2
+    assert sol.flops == 4 * 64 * 5120 * 3584
+    assert (4 * 5120 * 3584**2) / sol.flops == 56
+    assert sol.seconds(4.3e12, 790e12) == pytest.approx(sol.bytes / 4.3e12)
+    backward = launch.speed_of_light(
+        "attend_backward", keys=5120, boxes=1, rows=64, depth=3584, element_size=2, tokens_grad=True
+    )
+    assert backward.flops == 2 * sol.flops
+    assert backward.bytes > 2 * 5120 * 3584 * 2
+    with pytest.raises(ValueError, match="expected attend"):
+        launch.speed_of_light("attention", keys=1, boxes=1, rows=1, depth=1, element_size=2)
+
+
+def test_launch_imports_without_triton(oracle):
+    code = (
+        "import importlib.util, sys; sys.modules['triton'] = None\n"
+        f"spec = importlib.util.spec_from_file_location('launch', {str(oracle.KERNELS / 'launch.py')!r})\n"
+        "module = importlib.util.module_from_spec(spec); sys.modules['launch'] = module\n"
+        "spec.loader.exec_module(module); module.shipped_configs(); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_no_kernel_reads_a_device_value_on_the_host_or_uses_atomics(oracle):
+    for path in oracle.KERNELS.glob("*.py"):
+        text = path.read_text()
+        for forbidden in (".item(", ".tolist(", ".cpu(", "synchronize(", "atomic_"):
+            assert forbidden not in text, f"{path.name} contains {forbidden}"
