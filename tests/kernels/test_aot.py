@@ -1,0 +1,161 @@
+"""Every kernel compiled for GPUs that need not be there: spills, shared memory, load width, tensor cores, fp64."""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="needs triton to compile")
+
+pytestmark = [
+    pytest.mark.aot,
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter cannot compile"),
+]
+ARCHITECTURES = (80, 90, 100)
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}
+# ptxas 13.1 keeps these at 128 registers, for occupancy, at the price of a few words of stack.
+STACK_ALLOWED = {("_roi_align_backward_kernel", "fp32", 100): 32, ("_token_gradient_kernel", "bf16", 100): 24}
+# Of the 7B model: width 3584, 8 heads x 8 queries, so these are multiples of 16 at run time as well.
+DIVISIBLE = {"num_rows", "depth", "token_stride", "row_stride", "chunk", "size", "block", "latent_size", "queries"}
+POINTERS = {
+    "spans": "i64",
+    "tap_index": "i64",
+    "key_index": "i64",
+    "key_box": "i32",
+    **dict.fromkeys(("tokens", "rows", "grad_context", "grad", "latents", "targets"), "token"),
+    **dict.fromkeys(("grad_latents", "grad_targets"), "token"),
+    **dict.fromkeys(("partial", "weights", "grad_maps", "peak", "total", "scores", "maps", "workspace"), "fp32"),
+    **dict.fromkeys(("cells", "tap_weight", "grad_scores", "student_maps", "teacher_maps", "losses"), "fp32"),
+    **dict.fromkeys(("grad_student", "grad_mse", "grad_kl"), "fp32"),
+}
+FLOATS = {"eps", "mse_scale", "kl_scale"}
+# `out` holds scores in these, tokens in the others.
+WIDE_OUTPUT = re.compile("_region_(scores|statistics|normalise|sample|splat)_kernel")
+ROWS = 64
+
+
+def cases(launch):
+    """(module, kernel, constexprs, config, what to expect) of every shipped variant; see `launch.shipped_configs`."""
+    shipped = launch.shipped_configs()
+    for kind in ("bf16", "fp32"):
+        bits = kind[-2:]
+        for tile in shipped[f"scores/{bits}"]:
+            constants = {"KEY_TILE": tile.tokens, "DEPTH_TILE": tile.depth, "ROW_TILE": ROWS}
+            yield "region_scores", "_region_scores_kernel", constants, tile, kind, "dot"
+        for tile in shipped[f"context/{bits}"]:
+            for packed in (False, True):
+                constants = {"KEY_STEP": tile.tokens, "DEPTH_TILE": tile.depth, "ROW_TILE": ROWS, "PACKED": packed}
+                yield "region_context", "_region_context_kernel", constants, tile, kind, "dot"
+        for tile in shipped[f"token_gradient/{bits}"]:
+            constants = {"TOKEN_TILE": tile.tokens, "DEPTH_TILE": tile.depth, "ROW_TILE": ROWS, "BOX_STEP": 128}
+            yield "region_context", "_token_gradient_kernel", constants, tile, kind, "dot"
+        for tile in shipped["cells"]:
+            yield "roi_align", "_roi_align_kernel", {"SIDE_TILE": 8, "DEPTH_TILE": tile.depth}, tile, kind, "wide"
+        for tile in shipped["cell_gradient"]:
+            constants = {"TOKEN_TILE": tile.tokens, "SIDE_TILE": 16, "DEPTH_TILE": tile.depth, "BOX_STEP": 128}
+            yield "roi_align", "_roi_align_backward_kernel", constants, tile, kind, "wide"
+        for tile in shipped["elementwise"]:
+            step = {"STEP": 1024}
+            yield "region_context", "_sum_chunks_kernel", {"BLOCK": 1024, "PACKED": False}, tile, kind, "wide"
+            yield "distillation_loss", "_distillation_kernel", step, tile, kind, "wide"
+            yield "distillation_loss", "_distillation_backward_kernel", step | {"TARGETS": True}, tile, kind, "wide"
+    for tile in shipped["elementwise"]:
+        for backward in (False, True):
+            tiles = {"KEY_TILE": 64, "ROW_TILE": ROWS}
+            statistics = {"STATISTICS": "product" if backward else "softmax", "HAS_MAPS": backward}
+            normalise = {"SLOT_STEP": 16, "BACKWARD": backward}
+            sample = {"CELL_TILE": 64, "ROW_TILE": 16, "BACKWARD": backward}
+            yield "region_scores", "_region_statistics_kernel", tiles | statistics, tile, "fp32", "wide"
+            yield "region_scores", "_region_normalise_kernel", tiles | normalise, tile, "fp32", "wide"
+            yield "region_cells", "_region_sample_kernel", sample, tile, "fp32", "wide"
+        splat = {"KEY_TILE": 32, "SIDE_TILE": 16, "ROW_TILE": ROWS}
+        yield "region_cells", "_region_splat_kernel", splat, tile, "fp32", "wide"
+        yield "region_scores", "_head_mean_kernel", {"KEY_TILE": 128, "QUERY_TILE": 8}, tile, "fp32", "any"
+        yield "distillation_loss", "_distillation_sum_kernel", {"STEP": 1024}, tile, "fp32", "any"
+
+
+def compile_for(kernel, constants, tile, kind, architecture):
+    """The compiled kernel as the launcher would specialise it for 16-byte aligned tensors."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, attributes = {}, {}
+    for position, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        if name in FLOATS:
+            signature[name] = "fp32"
+            continue
+        pointee = POINTERS.get(name)
+        if name == "out":
+            pointee = "fp32" if WIDE_OUTPUT.match(kernel.__name__) else "token"
+        signature[name] = "i32" if pointee is None else "*" + (kind if pointee == "token" else pointee)
+        if pointee is not None or name in DIVISIBLE:
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+
+
+def resources(compiled, folder):
+    """Registers, stack and local bytes per thread as ptxas assigned them."""
+    binary = Path(folder) / "kernel.cubin"
+    binary.write_bytes(compiled.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    usage = subprocess.run([tool, "-res-usage", binary], capture_output=True, text=True, check=True).stdout
+    return {name: int(re.search(rf"\b{name}:(\d+)", usage).group(1)) for name in ("REG", "STACK", "LOCAL")}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
+        yield
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_shipped_kernel_compiles_well(oracle, tmp_path, architecture):
+    problems, report = [], []
+    for module, name, constants, tile, kind, expect in cases(oracle.kernel_module("launch")):
+        kernel = getattr(oracle.kernel_module(module), name)
+        compiled = compile_for(kernel, constants, tile, kind, architecture)
+        ptx, used = compiled.asm["ptx"], resources(compiled, tmp_path)
+        shared = compiled.metadata.shared
+        label = f"{name} {kind} {constants} warps={tile.num_warps} stages={tile.num_stages}"
+        report.append(f"sm_{architecture} {label}: {used['REG']} registers, {shared} shared, {used['STACK']} stack")
+        checks = {
+            f"{used['STACK']} bytes of stack": used["STACK"] <= STACK_ALLOWED.get((name, kind, architecture), 0),
+            f"{used['LOCAL']} bytes of local memory": used["LOCAL"] == 0,
+            f"{shared} bytes of shared memory": shared <= SHARED_LIMIT[architecture],
+            "float64 arithmetic": ".f64" not in ptx,
+            "no 16-byte load": expect == "any" or re.search(r"ld\.global\.v4|cp\.async\.cg|\.v4\.b32", ptx),
+            "no tensor cores": expect != "dot" or kind == "fp32" or MATRIX_INSTRUCTION[architecture] in ptx,
+        }
+        problems += [f"{label}: {problem}" for problem, fine in checks.items() if not fine]
+    print("\n".join(report))
+    assert not problems, "\n".join(problems)
+
+
+def test_the_tokens_come_in_16_byte_pieces(oracle):
+    """Not only some load: each token load of the two large kernels, asynchronously on sm_90."""
+    launch = oracle.kernel_module("launch")
+    for module, name, constants, tile, kind, expect in cases(launch):
+        # The packed sum also copies int64 spans, 8 bytes each.
+        streams = expect == "dot" and kind == "bf16" and name != "_token_gradient_kernel"
+        if streams and not constants.get("PACKED"):
+            ptx = compile_for(getattr(oracle.kernel_module(module), name), constants, tile, kind, 90).asm["ptx"]
+            widths = re.findall(r"cp\.async\.c[ag]\.shared\.global\b.*?, (0x10|16|8|4|0x8|0x4)\b", ptx)
+            assert widths, f"{name}: no asynchronous copy found"
+            assert set(widths) <= {"0x10", "16"}, f"{name}: {widths}"
+
+
+def test_every_kernel_of_the_folder_is_compiled_here(oracle):
+    defined = set()
+    for path in oracle.KERNELS.glob("*.py"):
+        defined |= set(re.findall(r"^def (_\w+_kernel)\(", path.read_text(), flags=re.MULTILINE))
+    compiled = {name for _, name, *_ in cases(oracle.kernel_module("launch"))}
+    assert defined == compiled
