@@ -17,9 +17,7 @@ class Resampler(nn.Module):
         self.batch_first = batch_first
         self.queries = nn.Parameter(torch.randn(QUERIES, WIDTH))
         self.norm = nn.LayerNorm(kdim or WIDTH)
-        self.cross_attn = nn.MultiheadAttention(
-            WIDTH, HEADS, kdim=kdim, vdim=kdim, batch_first=batch_first, bias=bias
-        )
+        self.cross_attn = nn.MultiheadAttention(WIDTH, HEADS, kdim=kdim, vdim=kdim, batch_first=batch_first, bias=bias)
         self.output_norm = nn.LayerNorm(WIDTH)
 
     def forward(self, x, mask=None, need_weights=True):
@@ -190,7 +188,10 @@ def test_fusing_twice_and_partial_refusal():
         (lambda a, q, x: a(q, x, x, is_causal=True), "takes no attn_mask"),
         (lambda a, q, x: a(q, x, x.clone()), "keys and values to be the same tokens"),
         (lambda a, q, x: a(q, x, x, key_padding_mask=torch.zeros(1, 5)), "expected bool"),
-        (lambda a, q, x: a(q, x, x, key_padding_mask=torch.ones(1, 5, dtype=torch.bool)), r"no key in batch rows \[0\]"),
+        (
+            lambda a, q, x: a(q, x, x, key_padding_mask=torch.ones(1, 5, dtype=torch.bool)),
+            r"no key in batch rows \[0\]",
+        ),
         (lambda a, q, x: a(q[0], x, x), "expected 2-D or 3-D alike"),
     ],
 )

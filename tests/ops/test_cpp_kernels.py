@@ -1,5 +1,6 @@
 """The compiled CPU operators against dense PyTorch in float64. Shapes: see `vreflection.ops.regions`; W = wide."""
 
+import functools
 import os
 import re
 import shutil
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.skipif(
 if EXTENSION.exists():
     torch.ops.load_library(str(EXTENSION))
 OPS = torch.ops.vreflection
-ISAS = ("generic", "avx2", "avx512")
+ISAS = ("generic", "avx2", "avx512", "avx512bf16")
 
 
 @pytest.fixture(autouse=True)
@@ -418,21 +419,37 @@ def test_an_unknown_instruction_set_is_refused():
     code += "torch.ops.vreflection.skinny_nt(torch.ones(1, 1, 1), torch.ones(1, 1, 1))"
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert result.returncode != 0
-    assert "VREFLECTION_CPU_ISA: expected generic, avx2 or avx512, got sse9" in result.stderr
+    assert "VREFLECTION_CPU_ISA: expected generic, avx2, avx512 or avx512bf16, got sse9" in result.stderr
 
 
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="objdump is not installed")
-@pytest.mark.parametrize("isa,register", [("avx2", "ymm"), ("avx512", "zmm")])
-def test_kernels_use_the_vectors_that_they_were_compiled_for(isa, register):
-    symbols = subprocess.run(["objdump", "-t", "-C", EXTENSION], capture_output=True, text=True, check=True).stdout
-    if f"{isa}::" not in symbols:
+@pytest.mark.parametrize(
+    "isa,tile,product",
+    [
+        ("avx2", "dot_tile<.*Plain<float>", "vfmadd.*ps.*%ymm"),
+        ("avx2", "dot_tile<.*Plain<double>", "vfmadd.*pd.*%ymm"),
+        ("avx2", "mix_tile<4, float", "vfmadd.*ps.*%ymm"),
+        ("avx2", "outer_tile<float", "vfmadd.*ps.*%ymm"),
+        ("avx512", "dot_tile<.*Plain<float>", "vfmadd.*ps.*%zmm"),
+        ("avx512", "dot_tile<.*Plain<double>", "vfmadd.*pd.*%zmm"),
+        ("avx512", "mix_tile<8, float", "vfmadd.*ps.*%zmm"),
+        ("avx512", "outer_tile<float", "vfmadd.*ps.*%zmm"),
+        ("avx512bf16", "dot_tile<.*Pairs", "vdpbf16ps.*%zmm"),
+        ("avx512bf16", "mix_tile<8, float, unsigned int", "vdpbf16ps.*%zmm"),
+    ],
+)
+def test_kernels_use_the_vectors_that_they_were_compiled_for(isa, tile, product):
+    bodies = [body for name, body in disassembly() if f" vreflection::{isa}::" in name and re.search(tile, name)]
+    if not bodies:
         pytest.skip(f"built without {isa} (another architecture or compiler, or stripped)")
-    code = subprocess.run(
-        ["objdump", "-d", "-C", "--no-show-raw-insn", EXTENSION], capture_output=True, text=True, check=True
-    ).stdout
-    for tile in ("dot_tile<float", "mix_tile<float", "outer_tile<float", "dot_tile<double"):
-        bodies = re.findall(rf"<[^\n]*{isa}::[^\n]*{re.escape(tile)}[^\n]*>:\n(.*?)\n\n", code, re.S)
-        assert bodies, f"no {tile} for {isa}"
-        assert all(re.search(rf"vfmadd\d+p[sd] .*%{register}", body) for body in bodies), tile
-        if isa == "avx2":
-            assert not any("zmm" in body for body in bodies)
+    assert all(re.search(product, body) for body in bodies)
+    if isa == "avx2":
+        assert not any("%zmm" in body for body in bodies)
+
+
+@functools.cache
+def disassembly():
+    """(name, instructions) of every function in the extension."""
+    command = ["objdump", "-d", "-C", "--no-show-raw-insn", str(EXTENSION)]
+    code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return re.findall(r"^[0-9a-f]+ <(.*)>:\n((?:.+\n)*)", code, re.M)

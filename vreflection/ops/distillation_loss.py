@@ -23,6 +23,7 @@ class _Distillation(torch.autograd.Function):
         return forward(latents, targets, student_maps, teacher_maps, key_index, eps, kl_scale)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_mse, grad_kl):
         backward = operator("distillation_backward", ctx.impl, grad_mse.device.type)
         grads = backward(grad_mse, grad_kl, *ctx.saved_tensors, *ctx.settings, ctx.needs_input_grad[1])

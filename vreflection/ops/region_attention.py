@@ -94,6 +94,7 @@ class _Attend(torch.autograd.Function):
         return context, maps
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_context, grad_maps):
         rows, tokens, weights, cells, *geometry = ctx.saved_tensors
         attend_backward = operator("attend_backward", ctx.impl, tokens.device.type)

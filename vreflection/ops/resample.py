@@ -115,6 +115,7 @@ class _Resample(torch.autograd.Function):
         return out_ND.unflatten(0, (boxes, -1)), maps
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out, grad_maps):
         (
             queries, tokens, in_weight, out_weight, q_HMA, rows, context_HND, values_ND, weights, cells,
@@ -189,6 +190,8 @@ def resample(
     Raises:
         ValueError: shapes or dtypes disagree, or `impl` cannot run on these tensors.
     """
+    if not isinstance(weights, AttentionWeights):
+        raise ValueError(f"weights: expected AttentionWeights, got {type(weights).__name__}")
     check_tokens(tokens, weights.out_proj_weight.shape[0])
     queries = check_queries(queries, tokens, plan, heads)
     queries, tokens, *cast = autocast_values(queries, tokens, *weights)

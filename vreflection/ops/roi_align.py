@@ -169,6 +169,7 @@ class _RoIAlign(torch.autograd.Function):
         return operator("roi_align", impl, tokens.device.type)(tokens, spans, tap_index, tap_weight)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         backward = operator("roi_align_backward", ctx.impl, grad.device.type)
         return backward(grad.contiguous(), *ctx.saved_tensors, ctx.num_tokens), None, None, None, None

@@ -32,9 +32,9 @@ def matmul(x_GMK: torch.Tensor, w_GKN: torch.Tensor, impl: str) -> torch.Tensor:
 
 def outer(out_GNK: torch.Tensor, a_GMN: torch.Tensor, b_GMK: torch.Tensor, impl: str) -> None:
     """`out := a^T @ b`, a weight's gradient, written in place."""
-    if _ours(a_GMN.shape[1], impl):
-        torch.ops.vreflection.skinny_tn(out_GNK, a_GMN, b_GMK)
-    elif torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():  # a traced graph must not write into slices of memory it has not seen
         out_GNK.copy_(torch.bmm(a_GMN.transpose(1, 2), b_GMK))
+    elif _ours(a_GMN.shape[1], impl):
+        torch.ops.vreflection.skinny_tn(out_GNK, a_GMN, b_GMK)
     else:
         torch.bmm(a_GMN.transpose(1, 2), b_GMK, out=out_GNK)
