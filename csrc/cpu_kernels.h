@@ -4,6 +4,13 @@
 
 #include <cstdint>
 
+// Tables above the baseline: GCC 11 knows all that they use. Other compilers get the baseline's table.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#if __GNUC__ >= 11
+#define VREFLECTION_X86_TABLES 1
+#endif
+#endif
+
 namespace vreflection {
 
 struct bf16 {
@@ -61,6 +68,9 @@ struct Kernels {
   void (*narrow)(const W* in, X* out, int64_t count);
 };
 
+namespace avx512bf16 {
+const Kernels<bf16>& pair_table();
+}
 namespace avx512 {
 template <class X>
 const Kernels<X>& table();
@@ -74,7 +84,7 @@ template <class X>
 const Kernels<X>& table();
 }
 
-// The table for this machine, or for what VREFLECTION_CPU_ISA (generic, avx2, avx512) asks for.
+// The table for this machine, or for what VREFLECTION_CPU_ISA (generic, avx2, avx512, avx512bf16) asks for.
 template <class X>
 const Kernels<X>& kernels();
 

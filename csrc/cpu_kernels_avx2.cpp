@@ -1,7 +1,7 @@
 // Vector kernels for AVX2 and FMA. The pragma follows the headers, so that nothing of theirs is compiled for it.
 #include "cpu_kernels.h"
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(VREFLECTION_X86_TABLES)
 #include <immintrin.h>
 #pragma GCC target("avx2,fma")
 #define VREFLECTION_ISA avx2

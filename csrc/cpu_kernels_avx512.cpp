@@ -1,7 +1,7 @@
 // Vector kernels for AVX-512. The pragma follows the headers, so that nothing of theirs is compiled for it.
 #include "cpu_kernels.h"
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(VREFLECTION_X86_TABLES)
 #include <immintrin.h>
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
 #define VREFLECTION_ISA avx512
