@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 
 from .checks import check_tensors, on_device, wide_dtype
-from .launch import ELEMENTWISE_STAGES, ELEMENTWISE_WARPS, ceil_div, loss_block
+from .launch import ELEMENTWISE, ceil_div, loss_block
 
-_SMALL = {"num_warps": ELEMENTWISE_WARPS, "num_stages": ELEMENTWISE_STAGES}
+_SMALL = ELEMENTWISE.options
 _STEP = 1024
 
 
@@ -158,7 +158,14 @@ def distillation(latents, targets, student_maps, teacher_maps, key_index, eps: f
             eps, STEP=_STEP, **_SMALL,
         )  # fmt: skip
         _distillation_sum_kernel[(1,)](
-            partial, losses, call.latent_programs, call.programs, 1.0 / call.latent_size, kl_scale, STEP=_STEP, **_SMALL
+            partial,
+            losses,
+            call.latent_programs,
+            call.programs,
+            1.0 / call.latent_size,
+            kl_scale,
+            STEP=_STEP,
+            **_SMALL,
         )
     return losses[0], losses[1]
 

@@ -32,6 +32,11 @@ class TileConfig:
     num_warps: int
     num_stages: int
 
+    @property
+    def options(self) -> dict[str, int | bool]:
+        """Launch options. FP fusion is explicit because Triton 3.10 changes its default."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+
 
 # Scores: tokens x channels per step. 64 tokens reach wgmma on sm_90; 128 halve the re-reads of the rows from L2.
 SCORE_TILES_16BIT = (TileConfig(64, 64, 4, 4), TileConfig(128, 64, 8, 4))
@@ -46,8 +51,9 @@ TOKEN_GRADIENT_TILES_32BIT = (TileConfig(32, 64, 4, 2),)
 CELL_TILE = TileConfig(1, 128, 4, 2)
 CELL_GRADIENT_TILE = TileConfig(32, 64, 4, 2)
 # Kernels on scores, weights, cells and loss terms: small, no matrix product to pipeline.
-ELEMENTWISE_WARPS = 4
-ELEMENTWISE_STAGES = 1
+ELEMENTWISE = TileConfig(1, 1, 4, 1)
+# Grid axes after the first hold at most 65535 programs.
+MAX_BOXES = 32768
 
 
 def row_tile(rows: int, limit: int = 128) -> int:
@@ -154,7 +160,7 @@ def shipped_configs() -> dict[str, tuple[TileConfig, ...]]:
         "token_gradient/32": TOKEN_GRADIENT_TILES_32BIT,
         "cells": (CELL_TILE,),
         "cell_gradient": (CELL_GRADIENT_TILE,),
-        "elementwise": (TileConfig(1, 1, ELEMENTWISE_WARPS, ELEMENTWISE_STAGES),),
+        "elementwise": (ELEMENTWISE,),
     }
 
 

@@ -14,8 +14,8 @@ import torch
 
 from .checks import check_taps, check_tensors, check_tokens, multiprocessors, on_device, wide_dtype
 from .launch import (
-    ELEMENTWISE_STAGES,
-    ELEMENTWISE_WARPS,
+    ELEMENTWISE,
+    MAX_BOXES,
     AttentionConfig,
     ceil_div,
     chunk_slots,
@@ -32,7 +32,7 @@ from .region_scores import (
     _region_statistics_kernel,
 )
 
-_SMALL = {"num_warps": ELEMENTWISE_WARPS, "num_stages": ELEMENTWISE_STAGES}
+_SMALL = ELEMENTWISE.options
 _STATISTICS_KEYS = 64
 _STATISTICS_ROWS = 64
 # 64 keys by 64 rows spill on sm_100 (ptxas, triton 3.7.1).
@@ -97,6 +97,7 @@ def attend_backward(
     call = _Call("attend_backward", rows, tokens, spans, key_box, tap_index, tap_weight, map_heads, config)
     check_tensors("attend_backward", grad_context=grad_context, grad_maps=grad_maps, tokens=tokens, weights=weights)
     grad_context = grad_context.to(tokens.dtype).contiguous()
+    weights, cells = weights.contiguous(), cells.contiguous()
     with on_device(tokens):
         grad_rows = rows.new_empty(rows.shape if rows_grad else (0,))
         grad_tokens = tokens.new_empty(tokens.shape if tokens_grad else (0,))
@@ -137,6 +138,8 @@ class _Call:
                 f"{op}: expected rows (1 or {self.boxes}, R, {self.depth}) of {tokens.dtype}, got {tuple(rows.shape)} "
                 f"of {rows.dtype}; absorb the queries in the tokens' dtype"
             )
+        if self.boxes > MAX_BOXES:
+            raise ValueError(f"{op}: expected at most {MAX_BOXES} boxes in one call, got {self.boxes}; split the batch")
         if map_heads and self.rows % map_heads:
             raise ValueError(f"{op}: map_heads={map_heads} does not divide the {self.rows} query rows; pass the heads")
         self.row_data = rows.contiguous()
@@ -167,7 +170,7 @@ class _Call:
             self.tokens, rows, self.spans, partial, self.boxes, self.keys, self.rows, self.depth,
             self.tokens.stride(0), self.row_stride(rows), splits,
             KEY_TILE=tile.tokens, DEPTH_TILE=tile.depth, ROW_TILE=row_block,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
+            **tile.options,
         )  # fmt: skip
         if not finish:
             return None, None
@@ -213,7 +216,14 @@ class _Call:
         query_tile = min(next_power_of_2(queries), 64)
         key_tile = max(1024 // query_tile, 1)
         _head_mean_kernel[(ceil_div(self.keys, key_tile), ceil_div(queries, query_tile))](
-            weights, maps, self.keys, queries, self.map_heads, KEY_TILE=key_tile, QUERY_TILE=query_tile, **_SMALL
+            weights,
+            maps,
+            self.keys,
+            queries,
+            self.map_heads,
+            KEY_TILE=key_tile,
+            QUERY_TILE=query_tile,
+            **_SMALL,
         )
 
     def weighted_sum(self, weights, out, *, packed: bool):
@@ -229,12 +239,20 @@ class _Call:
             self.tokens, weights, self.spans, self.key_box, out, workspace, self.boxes, self.keys, self.rows,
             self.depth, self.tokens.stride(0), chunk,
             KEY_STEP=tile.tokens, DEPTH_TILE=tile.depth, ROW_TILE=row_block, PACKED=packed,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
+            **tile.options,
         )  # fmt: skip
         if split:
             size = self.rows * self.depth
             _sum_chunks_kernel[(ceil_div(size, _SUM_BLOCK), 1 if packed else self.boxes)](
-                workspace, self.spans, out, self.keys, size, chunk, BLOCK=_SUM_BLOCK, PACKED=packed, **_SMALL
+                workspace,
+                self.spans,
+                out,
+                self.keys,
+                size,
+                chunk,
+                BLOCK=_SUM_BLOCK,
+                PACKED=packed,
+                **_SMALL,
             )
 
     def token_gradient(self, weights, grad_context, grad_scores, out):
@@ -245,5 +263,5 @@ class _Call:
             weights, grad_context, grad_scores, rows, self.spans, out, self.boxes, self.tokens.shape[0], self.rows,
             self.depth, self.row_stride(rows),
             TOKEN_TILE=tile.tokens, DEPTH_TILE=tile.depth, ROW_TILE=row_tile(self.rows, 64), BOX_STEP=_BOX_STEP,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
+            **tile.options,
         )  # fmt: skip

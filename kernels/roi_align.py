@@ -144,7 +144,7 @@ def roi_align(tokens: torch.Tensor, spans: torch.Tensor, tap_index: torch.Tensor
         _roi_align_kernel[(boxes * side, ceil_div(depth, tile.depth))](
             tokens, out, spans, tap_index.contiguous(), weight, boxes, depth, tokens.stride(0), side, taps,
             SIDE_TILE=next_power_of_2(side), DEPTH_TILE=tile.depth,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
+            **tile.options,
         )  # fmt: skip
     return out
 
@@ -165,6 +165,6 @@ def roi_align_backward(
         _roi_align_backward_kernel[(ceil_div(depth, tile.depth), ceil_div(num_tokens, tile.tokens))](
             grad.contiguous(), out, spans, tap_index.contiguous(), weight, boxes, num_tokens, depth, side, taps,
             TOKEN_TILE=tile.tokens, SIDE_TILE=max(next_power_of_2(side), 16), DEPTH_TILE=tile.depth,
-            BOX_STEP=_BOX_STEP, num_warps=tile.num_warps, num_stages=tile.num_stages,
+            BOX_STEP=_BOX_STEP, **tile.options,
         )  # fmt: skip
     return out

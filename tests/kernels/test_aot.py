@@ -117,27 +117,43 @@ def cache(tmp_path_factory):
         yield
 
 
+def case_problems(compiled, folder, name, kind, architecture, expect):
+    """What is wrong with a compiled kernel, and one line of facts about it."""
+    ptx, used, shared = compiled.asm["ptx"], resources(compiled, folder), compiled.metadata.shared
+    checks = {
+        f"{used['STACK']} bytes of stack": used["STACK"] <= STACK_ALLOWED.get((name, kind, architecture), 0),
+        f"{used['LOCAL']} bytes of local memory": used["LOCAL"] == 0,
+        f"{shared} bytes of shared memory": shared <= SHARED_LIMIT[architecture],
+        "float64 arithmetic": ".f64" not in ptx,
+        "no 16-byte load": expect == "any" or re.search(r"ld\.global\.v4|cp\.async\.cg|\.v4\.b32", ptx),
+        "no tensor cores": expect != "dot" or kind == "fp32" or MATRIX_INSTRUCTION[architecture] in ptx,
+    }
+    facts = f"{used['REG']} registers, {shared} shared, {used['STACK']} stack"
+    return [problem for problem, fine in checks.items() if not fine], facts
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_shipped_kernel_compiles_well(oracle, tmp_path, architecture):
     problems, report = [], []
     for module, name, constants, tile, kind, expect in cases(oracle.kernel_module("launch")):
         kernel = getattr(oracle.kernel_module(module), name)
         compiled = compile_for(kernel, constants, tile, kind, architecture)
-        ptx, used = compiled.asm["ptx"], resources(compiled, tmp_path)
-        shared = compiled.metadata.shared
+        found, facts = case_problems(compiled, tmp_path, name, kind, architecture, expect)
         label = f"{name} {kind} {constants} warps={tile.num_warps} stages={tile.num_stages}"
-        report.append(f"sm_{architecture} {label}: {used['REG']} registers, {shared} shared, {used['STACK']} stack")
-        checks = {
-            f"{used['STACK']} bytes of stack": used["STACK"] <= STACK_ALLOWED.get((name, kind, architecture), 0),
-            f"{used['LOCAL']} bytes of local memory": used["LOCAL"] == 0,
-            f"{shared} bytes of shared memory": shared <= SHARED_LIMIT[architecture],
-            "float64 arithmetic": ".f64" not in ptx,
-            "no 16-byte load": expect == "any" or re.search(r"ld\.global\.v4|cp\.async\.cg|\.v4\.b32", ptx),
-            "no tensor cores": expect != "dot" or kind == "fp32" or MATRIX_INSTRUCTION[architecture] in ptx,
-        }
-        problems += [f"{label}: {problem}" for problem, fine in checks.items() if not fine]
+        report.append(f"sm_{architecture} {label}: {facts}")
+        problems += [f"{label}: {problem}" for problem in found]
     print("\n".join(report))
     assert not problems, "\n".join(problems)
+
+
+@pytest.mark.parametrize("rows", [16, 128])
+def test_few_and_many_rows_compile_well_on_hopper(oracle, tmp_path, rows):
+    for module, name, constants, tile, kind, expect in cases(oracle.kernel_module("launch")):
+        if name in ("_region_scores_kernel", "_region_context_kernel"):
+            kernel = getattr(oracle.kernel_module(module), name)
+            compiled = compile_for(kernel, constants | {"ROW_TILE": rows}, tile, kind, 90)
+            found, facts = case_problems(compiled, tmp_path, name, kind, 90, expect)
+            assert not found, f"{name} {kind} with {rows} rows: {found} ({facts})"
 
 
 def test_the_tokens_come_in_16_byte_pieces(oracle):
