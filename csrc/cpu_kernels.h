@@ -45,10 +45,11 @@ struct Kernels {
   void (*dot_rows)(const X* tokens, const int64_t* offset, int64_t count, const X* rows, int64_t ld_rows,
                    int64_t num_rows, int64_t width, W* out, int64_t ld_out, W* scratch);
 
-  // out[out_row[r] + c] += sum_n weights[n * ld_weights + r] * tokens[offset[n] + c] for c < columns. Output rows must
-  // hold a multiple of kTileColumns; what lies past `columns` receives zeros.
+  // out[out_row[r] + c] = sum_n weights[n * ld_weights + r] * tokens[offset[n] + c] for c < columns, added to what is
+  // there with `add` (without it, `count` is at least 1). Output rows hold a multiple of kTileColumns; what lies past
+  // `columns` is written, too.
   void (*mix_rows)(const W* weights, int64_t ld_weights, int64_t num_rows, const X* tokens, const int64_t* offset,
-                   int64_t count, int64_t columns, W* out, const int64_t* out_row);
+                   int64_t count, int64_t columns, bool add, W* out, const int64_t* out_row);
 
   // out[r * ld_out + c] = sum_m left[m * ld_left + r] * right[m * ld_right + c], overwritten, for r < num_rows and
   // c < columns. Rows of `right` must be readable up to a multiple of kTileColumns.

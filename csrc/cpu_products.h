@@ -2,6 +2,7 @@
 namespace vreflection::VREFLECTION_ISA {
 namespace {
 
+constexpr int64_t kInPlaceRows = 4 * kTileRows, kInPlaceBlock = 16;
 constexpr int64_t kMixBlock = 128;  // 128 x 48 floats of packed tokens are 24 KiB, three quarters of L1
 
 // How a tile multiplies. `Plain`: values are widened when loaded, then multiplied and added.
@@ -43,10 +44,11 @@ struct Pairs {
 };
 #endif
 
-// kRows query rows against three tokens, over `depth` channels; adds to out[t * ld_out + r].
-template <class P, int kRows>
-void dot_tile(const typename P::X* const (&tokens)[3], int num_tokens, const typename P::Row* rows, int64_t ld,
-              int64_t depth, typename P::W* out, int64_t ld_out) {
+// kRows query rows against three tokens, over `depth` channels; adds to out[t * ld_out + r]. With kAhead it asks for the
+// three tokens that come next, since the hardware does not foresee the jump to them.
+template <class P, int kRows, bool kAhead>
+void dot_tile(const typename P::X* const (&tokens)[3], const typename P::X* const (&next)[3], int num_tokens,
+              const typename P::Row* rows, int64_t ld, int64_t depth, typename P::W* out, int64_t ld_out) {
   using W = typename P::W;
   using Value = typename P::Value;
   constexpr int L = kLanes<W>;
@@ -54,6 +56,8 @@ void dot_tile(const typename P::X* const (&tokens)[3], int num_tokens, const typ
   int64_t k = 0;
   for (; k + P::kStep <= depth; k += P::kStep) {
     const Value a = P::load_value(tokens[0] + k), b = P::load_value(tokens[1] + k), c = P::load_value(tokens[2] + k);
+    if constexpr (kAhead)
+      for (int t = 0; t < 3; ++t) __builtin_prefetch(next[t] + k);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       const Value row = in_register(P::load_value(rows + r * ld + k));
@@ -80,21 +84,24 @@ void dot_tile(const typename P::X* const (&tokens)[3], int num_tokens, const typ
   }
 }
 
-template <class P>
-void dot_group(const typename P::X* const (&tokens)[3], int num_tokens, const typename P::Row* rows, int64_t ld,
-               int64_t num_rows, int64_t depth, typename P::W* out, int64_t ld_out) {
+template <class P, bool kAhead>
+void dot_group(const typename P::X* const (&tokens)[3], const typename P::X* const (&next)[3], int num_tokens,
+               const typename P::Row* rows, int64_t ld, int64_t num_rows, int64_t depth, typename P::W* out,
+               int64_t ld_out) {
+  if (num_rows >= kTileRows) {
+    dot_tile<P, kTileRows, kAhead>(tokens, next, num_tokens, rows, ld, depth, out, ld_out);
+    return;
+  }
   int64_t r = 0;
-  for (; r + kTileRows <= num_rows; r += kTileRows)
-    dot_tile<P, kTileRows>(tokens, num_tokens, rows + r * ld, ld, depth, out + r, ld_out);
-  if (kTileRows > 4 && num_rows - r >= 4) {
-    dot_tile<P, 4>(tokens, num_tokens, rows + r * ld, ld, depth, out + r, ld_out);
+  if (kTileRows > 4 && num_rows >= 4) {
+    dot_tile<P, 4, kAhead>(tokens, next, num_tokens, rows, ld, depth, out, ld_out);
     r += 4;
   }
   if (num_rows - r >= 2) {
-    dot_tile<P, 2>(tokens, num_tokens, rows + r * ld, ld, depth, out + r, ld_out);
+    dot_tile<P, 2, kAhead>(tokens, next, num_tokens, rows + r * ld, ld, depth, out + r, ld_out);
     r += 2;
   }
-  if (num_rows - r >= 1) dot_tile<P, 1>(tokens, num_tokens, rows + r * ld, ld, depth, out + r, ld_out);
+  if (num_rows - r >= 1) dot_tile<P, 1, kAhead>(tokens, next, num_tokens, rows + r * ld, ld, depth, out + r, ld_out);
 }
 
 template <class P>
@@ -103,6 +110,7 @@ void dot_rows(const typename P::X* tokens, const int64_t* offset, int64_t count,
               typename P::W* scratch) {
   using X = typename P::X;
   using Row = typename P::Row;
+  using W = typename P::W;
   // The same number of bytes per row for each type of row.
   constexpr int64_t kBlock = kDotBlock * int64_t(sizeof(float)) / int64_t(sizeof(Row));
   for (int64_t t = 0; t < count; ++t)
@@ -124,8 +132,17 @@ void dot_rows(const typename P::X* tokens, const int64_t* offset, int64_t count,
         const int64_t last = count - 1;
         const X* const tile[3] = {tokens + offset[t] + k, tokens + offset[smaller(t + 1, last)] + k,
                                   tokens + offset[smaller(t + 2, last)] + k};
-        dot_group<P>(tile, int(smaller(3, count - t)), block_rows + group * ld, ld, group_rows, depth,
-                     out + t * ld_out + group, ld_out);
+        W* to = out + t * ld_out + group;
+        const int tile_tokens = int(smaller(3, count - t));
+        if (group > 0) {
+          dot_group<P, false>(tile, tile, tile_tokens, block_rows + group * ld, ld, group_rows, depth, to, ld_out);
+          continue;
+        }
+        // After the last tile come the next channels of the first one.
+        const int64_t ahead = t + 3 < count ? t + 3 : 0, channel = t + 3 < count || k + kBlock >= width ? k : k + kBlock;
+        const X* const next[3] = {tokens + offset[ahead] + channel, tokens + offset[smaller(ahead + 1, last)] + channel,
+                                  tokens + offset[smaller(ahead + 2, last)] + channel};
+        dot_group<P, true>(tile, next, tile_tokens, block_rows, ld, group_rows, depth, to, ld_out);
       }
     }
   }
@@ -141,7 +158,12 @@ template <class X>
 struct InPlace {
   const X* tokens;
   const int64_t* offset;
-  VR_INLINE const X* row(int64_t n) const { return tokens + offset[n]; }
+  const int64_t* ahead;  // offsets of the tokens that come after this block
+  VR_INLINE const X* row(int64_t n) const {
+    const X* next = tokens + ahead[n];
+    for (int v = 0; v < 3 * kLanes<Wide<X>>; v += 64 / int(sizeof(X))) __builtin_prefetch(next + v);
+    return tokens + offset[n];
+  }
 };
 
 // A weight times a vector of tokens; an integer weight is a pair of bfloat16, and so are the tokens then.
@@ -155,7 +177,8 @@ VR_INLINE Pairs::Value load(const uint32_t* from) { return Pairs::load_value(fro
 #endif
 
 template <int kRows, class W, class Weight, class Source>
-void mix_tile(const Weight* weights, int64_t ld, Source source, int64_t count, W* out, const int64_t* out_row) {
+void mix_tile(const Weight* weights, int64_t ld, Source source, int64_t count, bool add, W* out,
+              const int64_t* out_row) {
   constexpr int L = kLanes<W>;
   Vec<W> sums[kRows][3] = {};
   for (int64_t n = 0; n < count; ++n) {
@@ -172,72 +195,88 @@ void mix_tile(const Weight* weights, int64_t ld, Source source, int64_t count, W
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
     W* to = out + out_row[r];
-    store<W>(to, load(to) + sums[r][0]);
-    store<W>(to + L, load(to + L) + sums[r][1]);
-    store<W>(to + 2 * L, load(to + 2 * L) + sums[r][2]);
+#pragma GCC unroll 3
+    for (int v = 0; v < 3; ++v) store<W>(to + v * L, add ? load(to + v * L) + sums[r][v] : sums[r][v]);
   }
 }
 
 template <class W, class Weight, class Source>
-void mix_group(const Weight* weights, int64_t ld, int64_t num_rows, Source source, int64_t count, W* out,
+void mix_group(const Weight* weights, int64_t ld, int64_t num_rows, Source source, int64_t count, bool add, W* out,
                const int64_t* out_row) {
   int64_t r = 0;
   for (; r + kTileRows <= num_rows; r += kTileRows)
-    mix_tile<kTileRows>(weights + r, ld, source, count, out, out_row + r);
+    mix_tile<kTileRows>(weights + r, ld, source, count, add, out, out_row + r);
   if (kTileRows > 4 && num_rows - r >= 4) {
-    mix_tile<4>(weights + r, ld, source, count, out, out_row + r);
+    mix_tile<4>(weights + r, ld, source, count, add, out, out_row + r);
     r += 4;
   }
   if (num_rows - r >= 2) {
-    mix_tile<2>(weights + r, ld, source, count, out, out_row + r);
+    mix_tile<2>(weights + r, ld, source, count, add, out, out_row + r);
     r += 2;
   }
-  if (num_rows - r >= 1) mix_tile<1>(weights + r, ld, source, count, out, out_row + r);
+  if (num_rows - r >= 1) mix_tile<1>(weights + r, ld, source, count, add, out, out_row + r);
 }
 
-template <class X>
-VR_INLINE void prefetch_columns(const X* from, int64_t columns) {
-  for (int64_t c = 0; c < columns; c += 64 / int64_t(sizeof(X))) __builtin_prefetch(from + c);
-}
 template <class X>
 VR_INLINE Vec<Wide<X>> load_columns_of(const X* token, int64_t left) {
   if (left >= kLanes<Wide<X>>) return load(token);
   return left > 0 ? load_part(token, left) : Vec<Wide<X>>{};
 }
 
-// Copies the next columns of a block of tokens beside each other, widened, and asks for the columns after them. Packing
-// matters: rows of 14 KiB would all fall into the same few sets of the first-level cache.
+// What `mix_rows` reads after this tile: the next columns of the same tokens, or the first columns of the next block.
 template <class X>
-void pack_tile(const X* tokens, const int64_t* offset, int64_t count, int64_t columns, int64_t ahead, Wide<X>* packed) {
+struct NextTile {
+  const X* tokens;
+  const int64_t* offset;
+  int64_t columns;
+
+  NextTile(const X* first, const int64_t* block_offset, int64_t c, int64_t part, int64_t width, int64_t depth,
+           int64_t left)
+      : tokens(c + part < width ? first + c + part : first),
+        offset(c + part < width || left < 2 * depth ? block_offset : block_offset + depth),
+        columns(c + part < width ? smaller(part, width - c - part) : smaller(part, width)) {}
+  VR_INLINE void prefetch(int64_t n) const {
+    for (int64_t c = 0; c < columns; c += 64 / int64_t(sizeof(X))) __builtin_prefetch(tokens + offset[n] + c);
+  }
+};
+
+// Copies the next columns of a block of tokens beside each other, widened. Packing matters: rows of 14 KiB would all fall
+// into the same few sets of the first-level cache.
+template <class X>
+void pack_tile(const X* tokens, const int64_t* offset, int64_t count, int64_t columns, const NextTile<X>& next,
+               Wide<X>* packed) {
   using W = Wide<X>;
   constexpr int L = kLanes<W>;
   for (int64_t n = 0; n < count; ++n, packed += 3 * L) {
     const X* token = tokens + offset[n];
-    prefetch_columns(token + columns, ahead);
+    next.prefetch(n);
     for (int v = 0; v < 3; ++v) store<W>(packed + v * L, load_columns_of(token + v * L, columns - v * L));
   }
 }
 
 template <class X>
 void mix_rows(const Wide<X>* weights, int64_t ld_weights, int64_t num_rows, const X* tokens, const int64_t* offset,
-              int64_t count, int64_t columns, Wide<X>* out, const int64_t* out_row) {
+              int64_t count, int64_t columns, bool add, Wide<X>* out, const int64_t* out_row) {
   using W = Wide<X>;
   constexpr int64_t kColumns = 3 * kLanes<W>;
-  // Few rows use a token once or twice only: a copy would not pay. Short blocks then, to walk along the rows.
-  const bool in_place = num_rows <= 2 * kTileRows;
-  const int64_t block = in_place ? 16 : kMixBlock;
+  // Few rows use a token a few times only: a copy would not pay. Short blocks then, to walk along the rows.
+  const bool in_place = num_rows <= kInPlaceRows;
+  const int64_t block = in_place ? kInPlaceBlock : kMixBlock;
   alignas(64) W packed[kMixBlock * kColumns];
   for (int64_t n = 0; n < count; n += block) {
     const int64_t depth = smaller(block, count - n);
     for (int64_t c = 0; c < columns; c += kColumns) {
       const int64_t part = smaller(kColumns, columns - c);
       const W* block_weights = weights + n * ld_weights;
+      const bool adds = add || n > 0;
       if (in_place && part == kColumns) {
-        mix_group(block_weights, ld_weights, num_rows, InPlace<X>{tokens + c, offset + n}, depth, out + c, out_row);
+        const int64_t* ahead = count - n >= 2 * block ? offset + n + block : offset + n;
+        mix_group(block_weights, ld_weights, num_rows, InPlace<X>{tokens + c, offset + n, ahead}, depth, adds, out + c,
+                  out_row);
       } else {
-        const int64_t ahead = in_place ? 0 : smaller(kColumns, columns - c - part);
-        pack_tile(tokens + c, offset + n, depth, part, ahead, packed);
-        mix_group(block_weights, ld_weights, num_rows, Packed<W>{packed}, depth, out + c, out_row);
+        const NextTile<X> next(tokens, offset + n, c, part, columns, depth, count - n);
+        pack_tile(tokens + c, offset + n, depth, part, next, packed);
+        mix_group(block_weights, ld_weights, num_rows, Packed<W>{packed}, depth, adds, out + c, out_row);
       }
     }
   }

@@ -22,14 +22,14 @@ VR_INLINE Pairs::Value column_bits(const bf16* token, int64_t left) {
   return (Pairs::Value)load_columns_of(token, left) >> 16;
 }
 
-inline void pack_pairs(const bf16* tokens, const int64_t* offset, int64_t count, int64_t columns, int64_t ahead,
-                       uint32_t* packed) {
+inline void pack_pairs(const bf16* tokens, const int64_t* offset, int64_t count, int64_t columns,
+                       const NextTile<bf16>& next, uint32_t* packed) {
   constexpr int L = kLanes<float>;
   for (int64_t n = 0; n < count; n += 2) {
     const bf16* first = tokens + offset[n];
     const bf16* second = n + 1 < count ? tokens + offset[n + 1] : nullptr;
-    prefetch_columns(first + columns, ahead);
-    if (second) prefetch_columns(second + columns, ahead);
+    next.prefetch(n);
+    if (second) next.prefetch(n + 1);
     for (int v = 0; v < 3; ++v, packed += L) {
       const int64_t left = columns - v * L;
       const Pairs::Value low = column_bits(first + v * L, left);
@@ -41,7 +41,8 @@ inline void pack_pairs(const bf16* tokens, const int64_t* offset, int64_t count,
 }
 
 inline void mix_rows_in_pairs(const float* weights, int64_t ld_weights, int64_t num_rows, const bf16* tokens,
-                              const int64_t* offset, int64_t count, int64_t columns, float* out, const int64_t* out_row) {
+                              const int64_t* offset, int64_t count, int64_t columns, bool add, float* out,
+                              const int64_t* out_row) {
   constexpr int64_t kColumns = 3 * kLanes<float>, kBlock = 2 * kMixBlock;
   alignas(64) uint32_t packed[kMixBlock * kColumns];
   alignas(64) uint32_t pairs[kMixBlock * kPairRows];
@@ -54,8 +55,9 @@ inline void mix_rows_in_pairs(const float* weights, int64_t ld_weights, int64_t 
       pair_weights(weights + n * ld_weights + r, ld_weights, rows, depth, pairs);
       for (int64_t c = 0; c < columns; c += kColumns) {
         const int64_t part = smaller(kColumns, columns - c);
-        pack_pairs(tokens + c, offset + n, depth, part, smaller(kColumns, columns - c - part), packed);
-        mix_group(pairs, kPairRows, rows, Packed<uint32_t>{packed}, num_pairs, out + c, out_row + r);
+        const NextTile<bf16> next(tokens, offset + n, c, part, columns, depth, count - n);
+        pack_pairs(tokens + c, offset + n, depth, part, next, packed);
+        mix_group(pairs, kPairRows, rows, Packed<uint32_t>{packed}, num_pairs, add || n > 0, out + c, out_row + r);
       }
     }
   }

@@ -91,8 +91,8 @@ void add_box(const TokenGradient<X>& call, int64_t box, const int64_t* keys, int
   const int64_t* offset = call.row_offset.data();
   const X* context = call.grad_context.data + box * call.grad_context.box_rows + column;
   const X* rows = call.rows.data + box * call.rows.box_rows + column;
-  kernels<X>().mix_rows(weights, count, count, context, offset, num_rows, columns, block, out_row);
-  kernels<X>().mix_rows(grads, count, count, rows, offset, num_rows, columns, block, out_row);
+  kernels<X>().mix_rows(weights, count, count, context, offset, num_rows, columns, true, block, out_row);
+  kernels<X>().mix_rows(grads, count, count, rows, offset, num_rows, columns, true, block, out_row);
 }
 
 template <class X>

@@ -50,20 +50,31 @@ void mix_regions(const Regions& regions, const Wide<X>* weights, int64_t ld, con
   const int64_t chunks = divide_up(width, kMixColumns), outputs = sum_boxes ? 1 : regions.num_boxes();
   const int64_t num_tasks = chunks * outputs, workers = worker_count(num_tasks), size = num_rows * kMixColumns;
   const Workspace<W> scratch(workers * size);
-  std::vector<int64_t> out_row(num_rows);
-  for (int64_t r = 0; r < num_rows; ++r) out_row[r] = r * kMixColumns;
+  std::vector<int64_t> out_row(num_rows), block_row(num_rows);
+  for (int64_t r = 0; r < num_rows; ++r) {
+    out_row[r] = r * width;
+    block_row[r] = r * kMixColumns;
+  }
   run_tasks(num_tasks, workers, [&](int64_t worker, int64_t task) {
     const int64_t box = task / chunks, column = task % chunks * kMixColumns;
     const int64_t columns = std::min(kMixColumns, width - column);
     // Keys of all boxes lie in box order, so the sum over boxes is one longer sum.
     const int64_t begin = sum_boxes ? 0 : regions.boxes[box].begin;
     const int64_t count = sum_boxes ? regions.num_keys() : regions.boxes[box].keys;
+    const W* from = weights + begin * ld;
+    X* to = out + box * num_rows * width + column;
+    if constexpr (sizeof(X) == sizeof(W)) {
+      if (count > 0 && columns % kTileColumns == 0) {
+        kernels<X>().mix_rows(from, ld, num_rows, tokens + column, offset.data() + begin, count, columns, false, to,
+                              out_row.data());
+        return;
+      }
+    }
     W* block = scratch.data() + worker * size;
     std::fill(block, block + size, W(0));
-    kernels<X>().mix_rows(weights + begin * ld, ld, num_rows, tokens + column, offset.data() + begin, count, columns,
-                          block, out_row.data());
-    for (int64_t r = 0; r < num_rows; ++r)
-      kernels<X>().narrow(block + r * kMixColumns, out + (box * num_rows + r) * width + column, columns);
+    kernels<X>().mix_rows(from, ld, num_rows, tokens + column, offset.data() + begin, count, columns, true, block,
+                          block_row.data());
+    for (int64_t r = 0; r < num_rows; ++r) kernels<X>().narrow(block + r * kMixColumns, to + r * width, columns);
   });
 }
 

@@ -64,7 +64,7 @@ void skinny_nn_typed(const Tensor& x, const Tensor& w, const Tensor& out) {
     W* sums = scratch.data() + worker * size;
     std::fill_n(sums, size, W(0));
     kernels<X>().mix_rows(turned.data() + g * depth * rows, rows, rows, data_of<X>(w) + g * depth * columns + first,
-                          offset.data(), depth, count, sums, out_row.data());
+                          offset.data(), depth, count, true, sums, out_row.data());
     for (int64_t m = 0; m < rows; ++m)
       kernels<X>().narrow(sums + m * kNnColumns, mutable_data_of<X>(out) + (g * rows + m) * columns + first, count);
   });
