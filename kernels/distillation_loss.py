@@ -71,9 +71,9 @@ def _distillation_kernel(
 
 @triton.jit(do_not_specialize=["latent_programs", "programs"])
 def _distillation_sum_kernel(
-    partial, losses, latent_programs, programs, mse_scale, kl_scale, STEP: tl.constexpr
+    partial, mse_out, kl_out, latent_programs, programs, mse_scale, kl_scale, STEP: tl.constexpr
 ):  # fmt: skip
-    """losses[0] = mse, losses[1] = kl from the partial sums, in program order. Grid (1,)."""
+    """Both losses from the partial sums, in program order. Grid (1,)."""
     wide = partial.dtype.element_ty
     mse = tl.zeros((STEP,), dtype=wide)
     kl = tl.zeros((STEP,), dtype=wide)
@@ -82,8 +82,8 @@ def _distillation_sum_kernel(
         value = tl.load(partial + place, mask=place < programs, other=0.0)
         mse += tl.where(place < latent_programs, value, 0.0)
         kl += tl.where(place < latent_programs, 0.0, value)
-    tl.store(losses, tl.sum(mse, axis=0) * mse_scale)
-    tl.store(losses + 1, tl.sum(kl, axis=0) * kl_scale)
+    tl.store(mse_out, tl.sum(mse, axis=0) * mse_scale)
+    tl.store(kl_out, tl.sum(kl, axis=0) * kl_scale)
 
 
 @triton.jit(do_not_specialize=["latent_programs"])
@@ -138,7 +138,7 @@ def _distillation_backward_kernel(
 
 
 def distillation(latents, targets, student_maps, teacher_maps, key_index, eps: float, kl_scale: float):
-    """The two losses of stage 2 as float32 scalars on the device.
+    """The two losses of stage 2 as scalars on the device.
 
     Args:
         latents, targets: `(B, Q, D)`.
@@ -147,11 +147,11 @@ def distillation(latents, targets, student_maps, teacher_maps, key_index, eps: f
         eps: added to the student inside the logarithm. kl_scale: factor of the KL, such as 1 / (B * Q).
 
     Returns:
-        (mse, kl).
+        (mse, kl), in the dtype of student_maps.
     """
     call = _Call("distillation", latents, targets, student_maps, teacher_maps, key_index)
     partial = torch.empty(call.programs, dtype=call.wide, device=latents.device)
-    losses = torch.empty(2, dtype=call.wide, device=latents.device)
+    mse, kl = student_maps.new_empty(()), student_maps.new_empty(())
     with on_device(latents):
         _distillation_kernel[(call.programs,)](
             *call.data, partial, call.latent_programs, call.latent_size, call.map_size, call.queries, call.block,
@@ -159,7 +159,8 @@ def distillation(latents, targets, student_maps, teacher_maps, key_index, eps: f
         )  # fmt: skip
         _distillation_sum_kernel[(1,)](
             partial,
-            losses,
+            mse,
+            kl,
             call.latent_programs,
             call.programs,
             1.0 / call.latent_size,
@@ -167,7 +168,7 @@ def distillation(latents, targets, student_maps, teacher_maps, key_index, eps: f
             STEP=_STEP,
             **_SMALL,
         )
-    return losses[0], losses[1]
+    return mse, kl
 
 
 def distillation_backward(
@@ -177,18 +178,18 @@ def distillation_backward(
     """Gradients of `distillation` for scalar device cotangents.
 
     Returns:
-        grad_latents; grad_targets, or None unless `need_target_grad`; grad_student_maps `(S, Q)`, zero at keys that
+        grad_latents; grad_targets, `(0,)` unless `need_target_grad`; grad_student_maps `(S, Q)`, zero at keys that
         `key_index` does not name.
     """
     call = _Call("distillation_backward", latents, targets, student_maps, teacher_maps, key_index)
     check_tensors("distillation_backward", grad_mse=grad_mse, grad_kl=grad_kl, latents=latents)
     latents, targets, student_maps, *_ = call.data
     grad_latents = torch.empty_like(latents)
-    grad_targets = torch.empty_like(targets) if need_target_grad else None
+    grad_targets = targets.new_empty(targets.shape if need_target_grad else (0,))
     grad_student = torch.zeros_like(student_maps)
     with on_device(latents):
         _distillation_backward_kernel[(call.programs,)](
-            grad_mse, grad_kl, *call.data, grad_latents, grad_latents if grad_targets is None else grad_targets,
+            grad_mse, grad_kl, *call.data, grad_latents, grad_targets,
             grad_student, call.latent_programs, call.latent_size, call.map_size, call.queries, call.block,
             2.0 / call.latent_size, kl_scale, eps, STEP=_STEP, TARGETS=need_target_grad, **_SMALL,
         )  # fmt: skip
@@ -219,7 +220,7 @@ class _Call:
                 f"{op}: expected teacher_maps ({key_index.shape[0]}, {student_maps.shape[1]}) to match key_index and "
                 f"student_maps, got {tuple(teacher_maps.shape)}; pass the map of exactly the keys that key_index names"
             )
-        self.wide = wide_dtype(latents.dtype)
+        self.wide = wide_dtype(torch.promote_types(latents.dtype, student_maps.dtype))
         self.data = tuple(x.contiguous() for x in (latents, targets, student_maps, teacher_maps, key_index))
         self.latent_size, self.map_size = latents.numel(), teacher_maps.numel()
         self.queries = student_maps.shape[1]

@@ -28,8 +28,8 @@ POINTERS = {
     **dict.fromkeys(("tokens", "rows", "grad_context", "grad", "latents", "targets"), "token"),
     **dict.fromkeys(("grad_latents", "grad_targets"), "token"),
     **dict.fromkeys(("partial", "weights", "grad_maps", "peak", "total", "scores", "maps", "workspace"), "fp32"),
-    **dict.fromkeys(("cells", "tap_weight", "grad_scores", "student_maps", "teacher_maps", "losses"), "fp32"),
-    **dict.fromkeys(("grad_student", "grad_mse", "grad_kl"), "fp32"),
+    **dict.fromkeys(("cells", "tap_weight", "grad_scores", "student_maps", "teacher_maps"), "fp32"),
+    **dict.fromkeys(("grad_student", "grad_mse", "grad_kl", "mse_out", "kl_out"), "fp32"),
 }
 FLOATS = {"eps", "mse_scale", "kl_scale"}
 # `out` holds scores in these, tokens in the others.

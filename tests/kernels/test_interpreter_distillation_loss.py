@@ -98,7 +98,7 @@ def test_target_gradient_only_on_request_and_strided_inputs(oracle):
     data = build((2, 3, 50), 9, 7)
     strided = [oracle.poisoned(x, row_gap=2) if x.is_floating_point() else x for x in data]
     got = ours(oracle, strided, need_target_grad=False)
-    assert got[3] is None
+    assert got[3].shape == (0,)
     for x, expected in zip(got[:3], dense(*data)):
         oracle.assert_close(x, expected, 1e-5)
 

@@ -122,11 +122,13 @@ def test_a_broken_region_stays_in_its_box(oracle, taps, shared):
     spans, key_box, num_tokens = oracle.geometry([(6, 8)], [(0, 0, 6, 0, 4), (0, 0, 2, 5, 8), (0, 2, 6, 4, 8)])
     tokens = torch.randn(num_tokens, 20, generator=generator)
     rows = torch.randn(1 if shared else 3, 5, 20, generator=generator)
-    grad = torch.randn(3, 5, 20, generator=generator)
+    clean_grad = torch.randn(3, 5, 20, generator=generator)
+    broken_grad = clean_grad.clone()
+    broken_grad[0] = float("nan")  # what a loss makes of the broken context
     geometry = (spans, key_box, *(oracle.random_taps(spans, *taps, generator) if taps else (None, None)))
     mine = oracle.token_ids(spans[0])
 
-    def results(tokens):
+    def results(tokens, grad):
         context, weights, cells, maps = kernels.attend(rows, tokens, *geometry, 5)
         grad_rows, grad_tokens = kernels.attend_backward(
             grad, None, rows, tokens, weights, cells, *geometry, 5, True, True
@@ -136,10 +138,10 @@ def test_a_broken_region_stays_in_its_box(oracle, taps, shared):
         others = [context[1:], weights[key_box > 0], maps[key_box > 0], grad_tokens[keep]]
         return others + ([] if shared else [grad_rows[1:]]), context[0]
 
-    clean, _ = results(tokens)
+    clean, _ = results(tokens, clean_grad)
     broken_tokens = tokens.clone()
     broken_tokens[mine] = float("nan")
-    broken, own = results(broken_tokens)
+    broken, own = results(broken_tokens, broken_grad)
     assert own.isnan().all()
     for expected, got in zip(clean, broken):
         assert torch.equal(expected, got)
