@@ -32,8 +32,8 @@ Isa chosen_isa() {
   if (asked == nullptr || *asked == '\0') return best;
   for (int i = 0; i < 4; ++i) {
     if (std::strcmp(asked, kNames[i]) != 0) continue;
-    STD_TORCH_CHECK(i <= int(best), "VREFLECTION_CPU_ISA: this machine and build go up to ", kNames[int(best)], ", got ",
-                    asked);
+    STD_TORCH_CHECK(i <= int(best), "VREFLECTION_CPU_ISA: this machine and build go up to ", kNames[int(best)],
+                    ", got ", asked);
     return Isa(i);
   }
   STD_TORCH_CHECK(false, "VREFLECTION_CPU_ISA: expected generic, avx2, avx512 or avx512bf16, got ", asked);

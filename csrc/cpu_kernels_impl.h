@@ -89,15 +89,9 @@ const Kernels<bf16>& pair_table() {
 template <class X>
 const Kernels<X>& table() {
   using W = Wide<X>;
-  static const Kernels<X> kTable = {dot_rows<Plain<X>>,
-                                    mix_rows<X>,
-                                    outer_rows<X>,
-                                    softmax_columns<W>,
-                                    softmax_backward_columns<W>,
-                                    add_scaled<W>,
-                                    add_scaled<X>,
-                                    widen<X>,
-                                    narrow<X>};
+  static const Kernels<X> kTable = {
+      dot_rows<Plain<X> >, mix_rows<X>,   outer_rows<X>, softmax_columns<W>, softmax_backward_columns<W>,
+      add_scaled<W>,       add_scaled<X>, widen<X>,      narrow<X>};
   return kTable;
 }
 template const Kernels<float>& table<float>();

@@ -8,15 +8,19 @@ constexpr int64_t kMixBlock = 128;  // 128 x 48 floats of packed tokens are 24 K
 // How a tile multiplies. `Plain`: values are widened when loaded, then multiplied and added.
 template <class T>
 struct Plain {
-  using X = T;         // of tokens
+  using X = T;          // of tokens
   using Row = Wide<T>;  // of query rows
   using W = Wide<T>;
   using Value = Vec<W>;
   static constexpr int kStep = kLanes<W>;  // channels per vector
   template <class From>
-  static VR_INLINE Value load_value(const From* from) { return load(from); }
+  static VR_INLINE Value load_value(const From* from) {
+    return load(from);
+  }
   template <class From>
-  static VR_INLINE Value part_value(const From* from, int64_t count) { return load_part(from, count); }
+  static VR_INLINE Value part_value(const From* from, int64_t count) {
+    return load_part(from, count);
+  }
   static VR_INLINE Vec<W> multiply_add(Vec<W> sum, Value a, Value b) { return sum + a * b; }
 };
 
@@ -44,8 +48,8 @@ struct Pairs {
 };
 #endif
 
-// kRows query rows against three tokens, over `depth` channels; adds to out[t * ld_out + r]. With kAhead it asks for the
-// three tokens that come next, since the hardware does not foresee the jump to them.
+// kRows query rows against three tokens, over `depth` channels; adds to out[t * ld_out + r]. With kAhead it asks for
+// the three tokens that come next, since the hardware does not foresee the jump to them.
 template <class P, int kRows, bool kAhead>
 void dot_tile(const typename P::X* const (&tokens)[3], const typename P::X* const (&next)[3], int num_tokens,
               const typename P::Row* rows, int64_t ld, int64_t depth, typename P::W* out, int64_t ld_out) {
@@ -139,7 +143,8 @@ void dot_rows(const typename P::X* tokens, const int64_t* offset, int64_t count,
           continue;
         }
         // After the last tile come the next channels of the first one.
-        const int64_t ahead = t + 3 < count ? t + 3 : 0, channel = t + 3 < count || k + kBlock >= width ? k : k + kBlock;
+        const int64_t ahead = t + 3 < count ? t + 3 : 0;
+        const int64_t channel = ahead > 0 || k + kBlock >= width ? k : k + kBlock;
         const X* const next[3] = {tokens + offset[ahead] + channel, tokens + offset[smaller(ahead + 1, last)] + channel,
                                   tokens + offset[smaller(ahead + 2, last)] + channel};
         dot_group<P, true>(tile, next, tile_tokens, block_rows, ld, group_rows, depth, to, ld_out);
@@ -168,7 +173,9 @@ struct InPlace {
 
 // A weight times a vector of tokens; an integer weight is a pair of bfloat16, and so are the tokens then.
 template <class W>
-VR_INLINE Vec<W> add_weighted(Vec<W> sum, Vec<W> token, W weight) { return sum + token * weight; }
+VR_INLINE Vec<W> add_weighted(Vec<W> sum, Vec<W> token, W weight) {
+  return sum + token * weight;
+}
 #if defined(VREFLECTION_BF16_PAIRS)
 VR_INLINE Vec<float> add_weighted(Vec<float> sum, Pairs::Value token, uint32_t weight) {
   return Pairs::multiply_add(sum, token, Pairs::Value{} + weight);
@@ -240,8 +247,8 @@ struct NextTile {
   }
 };
 
-// Copies the next columns of a block of tokens beside each other, widened. Packing matters: rows of 14 KiB would all fall
-// into the same few sets of the first-level cache.
+// Copies the next columns of a block of tokens beside each other, widened. Packing matters: rows of 14 KiB would all
+// fall into the same few sets of the first-level cache.
 template <class X>
 void pack_tile(const X* tokens, const int64_t* offset, int64_t count, int64_t columns, const NextTile<X>& next,
                Wide<X>* packed) {

@@ -1,5 +1,6 @@
-// `mix_rows` on pairs of bfloat16: weights are rounded to bfloat16, as in PyTorch's own product of two bfloat16 matrices,
-// and both they and the tokens are laid out in pairs of neighbouring keys. Included by cpu_products.h, in its namespace.
+// `mix_rows` on pairs of bfloat16: weights are rounded to bfloat16, as in PyTorch's own product of two bfloat16
+// matrices, and both they and the tokens are laid out in pairs of neighbouring keys. Included by cpu_products.h, in its
+// namespace.
 constexpr int64_t kPairRows = 64;  // weights are paired for this many rows at a time
 
 // (weight of key n, weight of key n + 1) per row, for a block of keys; an odd last key is paired with zeros.

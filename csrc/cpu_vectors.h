@@ -129,7 +129,6 @@ VR_INLINE void stream(bf16* to, Vec<float> value) {
 VR_INLINE void stream(bf16* to, Vec<float> value) { store(to, value); }
 #endif
 
-
 template <class X>
 void widen(const X* in, Wide<X>* out, int64_t count) {
   constexpr int L = kLanes<Wide<X>>;

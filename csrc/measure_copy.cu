@@ -1,5 +1,5 @@
-// `measure_copy`: a plain device copy at full memory width. Benchmarks divide by its time, so that the ceiling they report
-// was measured on the same device in the same run.
+// `measure_copy`: a plain device copy at full memory width. Benchmarks divide by its time, so that the ceiling they
+// report was measured on the same device in the same run.
 #include <cstdint>
 #include <dlfcn.h>
 
@@ -18,8 +18,8 @@ constexpr int kThreads = 512;
 constexpr int kBlocksPerProcessor = 4;  // 2048 threads: all that one multiprocessor holds
 constexpr int kUnroll = 4;              // loads in flight per thread before the first store
 
-__global__ void __launch_bounds__(kThreads) copy_kernel(const uint4* __restrict__ from, uint4* __restrict__ to,
-                                                        int64_t count) {
+__global__ void __launch_bounds__(kThreads)
+    copy_kernel(const uint4* __restrict__ from, uint4* __restrict__ to, int64_t count) {
   const int64_t step = int64_t(gridDim.x) * kThreads;
   int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   for (; i + (kUnroll - 1) * step < count; i += kUnroll * step) {

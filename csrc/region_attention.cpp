@@ -1,5 +1,5 @@
-// `attend`: few query rows against the tokens of each box's region. Scores, softmax (over tokens, or over RoI-Align cells
-// of the scores) and context; no key or value per token is ever made.
+// `attend`: few query rows against the tokens of each box's region. Scores, softmax (over tokens, or over RoI-Align
+// cells of the scores) and context; no key or value per token is ever made.
 #include "region_products.h"
 
 namespace vreflection {
@@ -15,7 +15,8 @@ void softmax_regions(const Regions& regions, Wide<X>* scores, int64_t ld, int64_
     run_tasks(num_tasks, worker_count(num_tasks), [&](int64_t, int64_t task) {
       const Region& box = regions.boxes[task / blocks];
       const int64_t column = task % blocks * kColumns;
-      kernels<X>().softmax_columns(scores + box.begin * ld + column, ld, box.keys, std::min(kColumns, num_rows - column));
+      kernels<X>().softmax_columns(scores + box.begin * ld + column, ld, box.keys,
+                                   std::min(kColumns, num_rows - column));
     });
     return;
   }
@@ -60,8 +61,8 @@ void write_weights(const Regions& regions, const W* scores, int64_t ld, int64_t 
 }
 
 template <class X>
-void attend_typed(const Regions& regions, const Tensor& rows, const Tensor& tokens, int64_t heads, const Tensor& context,
-                  const Tensor& weights, const Tensor& cells, const Tensor& maps) {
+void attend_typed(const Regions& regions, const Tensor& rows, const Tensor& tokens, int64_t heads,
+                  const Tensor& context, const Tensor& weights, const Tensor& cells, const Tensor& maps) {
   using W = Wide<X>;
   const int64_t num_rows = rows.size(1), width = rows.size(2), ld = round_up(num_rows, kRowPad);
   const std::vector<int64_t> offset = regions.offsets(tokens.stride(0));
@@ -84,8 +85,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attend(Tensor rows, Tensor tokens, Te
   const Regions regions = plan_regions(spans, tap_index, tap_weight, tokens.size(0));
   const int64_t num_boxes = regions.num_boxes(), num_rows = rows.size(1);
   check_packed(regions, key_box.numel(), "key_box");
-  STD_TORCH_CHECK(rows.size(0) == 1 || rows.size(0) == num_boxes, "rows: expected 1 or ", num_boxes,
-                  " on axis 0, got ", rows.size(0));
+  STD_TORCH_CHECK(rows.size(0) == 1 || rows.size(0) == num_boxes, "rows: expected 1 or ", num_boxes, " on axis 0, got ",
+                  rows.size(0));
   STD_TORCH_CHECK(map_heads >= 0 && (map_heads == 0 || num_rows % map_heads == 0),
                   "map_heads: expected 0 or a divisor of ", num_rows, " rows, got ", map_heads);
   rows = torch::stable::contiguous(rows);
@@ -96,9 +97,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attend(Tensor rows, Tensor tokens, Te
   const int64_t num_cells = regions.side * regions.side;
   const Tensor cells = regions.has_cells ? torch::stable::new_empty(tokens, {num_boxes, num_cells, num_rows}, wide)
                                          : torch::stable::new_empty(tokens, {0}, wide);
-  const Tensor maps = map_heads > 0
-                          ? torch::stable::new_empty(tokens, {regions.num_packed, num_rows / map_heads}, wide)
-                          : torch::stable::new_empty(tokens, {0}, wide);
+  const Tensor maps = map_heads > 0 ? torch::stable::new_empty(tokens, {regions.num_packed, num_rows / map_heads}, wide)
+                                    : torch::stable::new_empty(tokens, {0}, wide);
   with_storage(tokens, "tokens", [&](auto* storage) {
     using X = std::remove_pointer_t<decltype(storage)>;
     attend_typed<X>(regions, rows, tokens, map_heads, context, weights, cells, maps);

@@ -16,9 +16,8 @@ void softmax_backward_regions(const Regions& regions, Wide<X>* grad, int64_t ld,
       const Region& box = regions.boxes[task / blocks];
       const int64_t column = task % blocks * kColumns;
       // Without a map the packed axis and the axis of keys are the same.
-      kernels<X>().softmax_backward_columns(grad + box.begin * ld + column, ld,
-                                            weights + box.begin * num_rows + column, num_rows, box.keys,
-                                            std::min(kColumns, num_rows - column));
+      kernels<X>().softmax_backward_columns(grad + box.begin * ld + column, ld, weights + box.begin * num_rows + column,
+                                            num_rows, box.keys, std::min(kColumns, num_rows - column));
     });
     return;
   }
@@ -37,7 +36,8 @@ void softmax_backward_regions(const Regions& regions, Wide<X>* grad, int64_t ld,
 }
 
 template <class W>
-void add_map_gradient(const Regions& regions, const W* grad_maps, int64_t heads, int64_t num_rows, W* grad, int64_t ld) {
+void add_map_gradient(const Regions& regions, const W* grad_maps, int64_t heads, int64_t num_rows, W* grad,
+                      int64_t ld) {
   const int64_t queries = num_rows / heads, num_tasks = regions.num_boxes();
   run_tasks(num_tasks, worker_count(num_tasks), [&](int64_t, int64_t b) {
     const Region& box = regions.boxes[b];
@@ -77,11 +77,11 @@ struct TokenGradient {
 template <class X>
 void add_box(const TokenGradient<X>& call, int64_t box, const int64_t* keys, int64_t count, int64_t column,
              int64_t columns, const int64_t* out_row, Wide<X>* turned, Wide<X>* block) {
-  const int64_t num_rows = call.num_rows, num_packed_rows = num_rows;
-  Wide<X>* weights = turned;                            // [R, count]
-  Wide<X>* grads = turned + num_rows * kGradTokens;     // [R, count]
+  const int64_t num_rows = call.num_rows;
+  Wide<X>* weights = turned;                         // [R, count]
+  Wide<X>* grads = turned + num_rows * kGradTokens;  // [R, count]
   for (int64_t i = 0; i < count; ++i) {
-    const Wide<X>* weight = call.weights + call.regions.packed[keys[i]] * num_packed_rows;
+    const Wide<X>* weight = call.weights + call.regions.packed[keys[i]] * num_rows;
     const Wide<X>* grad = call.grad_scores + keys[i] * call.ld_scores;
     for (int64_t r = 0; r < num_rows; ++r) {
       weights[r * count + i] = weight[r];
@@ -113,7 +113,7 @@ void token_gradient(const TokenGradient<X>& call, int64_t num_tokens, X* out) {
     int64_t out_row[kGradTokens];
     while (key != end) {
       while (*key >= call.regions.boxes[box].begin + call.regions.boxes[box].keys) ++box;
-      // A box of stride below its width could hold a token twice; such keys go into separate runs of 64.
+      // A run is bounded for `out_row`: a box of stride below its width holds tokens more than once.
       int64_t count = 0;
       const int64_t box_end = call.regions.boxes[box].begin + call.regions.boxes[box].keys;
       for (; key + count != end && key[count] < box_end && count < kGradTokens; ++count)
@@ -152,8 +152,16 @@ void attend_backward_typed(const Regions& regions, const BackwardInputs& in, con
   if (!grad_tokens.has_value()) return;
   const int64_t num_tokens = in.tokens.size(0);
   const TokenBlocks blocks = keys_by_block(regions, divide_up(num_tokens, kGradTokens));
-  TokenGradient<X> call{regions, blocks, data_of<W>(in.weights), grad.data(), ld, num_rows, width, context,
-                        RowSource<X>{data_of<X>(in.rows), shared ? 0 : num_rows * width}, std::vector<int64_t>(num_rows)};
+  TokenGradient<X> call{regions,
+                        blocks,
+                        data_of<W>(in.weights),
+                        grad.data(),
+                        ld,
+                        num_rows,
+                        width,
+                        context,
+                        RowSource<X>{data_of<X>(in.rows), shared ? 0 : num_rows * width},
+                        std::vector<int64_t>(num_rows)};
   for (int64_t r = 0; r < num_rows; ++r) call.row_offset[r] = r * width;
   token_gradient<X>(call, num_tokens, mutable_data_of<X>(*grad_tokens));
 }
@@ -197,8 +205,8 @@ std::tuple<Tensor, Tensor> attend_backward(Tensor grad_context, std::optional<Te
   check_dim(rows, 3, "rows");
   const Regions regions = plan_regions(spans, tap_index, tap_weight, tokens.size(0));
   check_packed(regions, key_box.numel(), "key_box");
-  BackwardInputs in{contiguous(grad_context), contiguous(rows), tokens, contiguous(weights), contiguous(cells),
-                    grad_maps, map_heads};
+  BackwardInputs in{contiguous(grad_context), contiguous(rows), tokens,   contiguous(weights),
+                    contiguous(cells),        grad_maps,        map_heads};
   if (grad_maps.has_value()) in.grad_maps = contiguous(*grad_maps);
   check_backward(regions, in);
   std::optional<Tensor> grad_rows, grad_tokens;

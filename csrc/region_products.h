@@ -7,7 +7,7 @@
 
 namespace vreflection {
 
-// Token offsets and query rows of a call. `box_rows` is 0 when all boxes share their rows.
+// Query rows of a call. `box_rows` is 0 when all boxes share their rows.
 template <class X>
 struct RowSource {
   const X* data;
@@ -15,9 +15,9 @@ struct RowSource {
 };
 
 constexpr int64_t kDotTokens = 96;     // tokens per task of `dot_regions`: reuses a widened block of rows 96 times
-constexpr int64_t kMixColumns = 192;   // channels per task of `mix_regions`: four register tiles
-constexpr int64_t kGradTokens = 64;    // tokens per task of `scatter_tokens`
-constexpr int64_t kGradColumns = 480;  // channels per task of `scatter_tokens`
+constexpr int64_t kMixColumns = 384;   // channels per task of `mix_regions`: eight register tiles
+constexpr int64_t kGradTokens = 128;   // tokens per task of `token_gradient`
+constexpr int64_t kGradColumns = 480;  // channels per task of `token_gradient`
 
 // out[key * ld + r] = token of key . row r of the key's box; ld = round_up(R, kRowPad).
 template <class X>
@@ -41,8 +41,8 @@ void dot_regions(const Regions& regions, const X* tokens, const std::vector<int6
   });
 }
 
-// out (B, R, D) = per box the sum over its keys of weight[key, r] * token; with `sum_boxes`, out (1, R, D) is the sum over
-// boxes, in box order.
+// out (B, R, D) = per box the sum over its keys of weight[key, r] * token; with `sum_boxes`, out (1, R, D) is the sum
+// over boxes, in box order.
 template <class X>
 void mix_regions(const Regions& regions, const Wide<X>* weights, int64_t ld, const X* tokens,
                  const std::vector<int64_t>& offset, int64_t num_rows, int64_t width, bool sum_boxes, X* out) {

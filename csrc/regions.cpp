@@ -7,9 +7,10 @@ namespace {
 void check_span(const Region& box, int64_t index, int64_t num_tokens, int64_t packed) {
   STD_TORCH_CHECK(box.height >= 1 && box.width >= 1, "spans: expected height and width >= 1, got ", box.height, " x ",
                   box.width, " for box ", index);
-  STD_TORCH_CHECK(box.first >= 0 && box.stride >= 0 && box.first + (box.height - 1) * box.stride + box.width <= num_tokens,
-                  "spans: expected tokens in [0, ", num_tokens, "), got first ", box.first, ", stride ", box.stride,
-                  ", height ", box.height, ", width ", box.width, " for box ", index);
+  STD_TORCH_CHECK(
+      box.first >= 0 && box.stride >= 0 && box.first + (box.height - 1) * box.stride + box.width <= num_tokens,
+      "spans: expected tokens in [0, ", num_tokens, "), got first ", box.first, ", stride ", box.stride, ", height ",
+      box.height, ", width ", box.width, " for box ", index);
   STD_TORCH_CHECK(box.packed_begin == packed, "spans: expected key offset ", packed, " (no gaps, box order), got ",
                   box.packed_begin, " for box ", index);
 }
@@ -64,7 +65,8 @@ Regions plan_regions(const Tensor& spans_any, const std::optional<Tensor>& tap_i
   check_dim(spans_any, 2, "spans");
   check_size(spans_any, 1, 5, "spans");
   check_type(spans_any, ScalarType::Long, "spans");
-  STD_TORCH_CHECK(tap_index.has_value() == tap_weight.has_value(), "tap_index and tap_weight: expected both or neither");
+  STD_TORCH_CHECK(tap_index.has_value() == tap_weight.has_value(),
+                  "tap_index and tap_weight: expected both or neither");
   const Tensor spans = torch::stable::contiguous(spans_any);
   const int64_t num_boxes = spans.size(0);
   const int64_t* span = data_of<int64_t>(spans);

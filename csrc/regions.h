@@ -19,8 +19,8 @@ namespace vreflection {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// One box. Its keys are the tokens that can have a weight: all of the rectangle, or, with an RoI-Align map, the rows and
-// columns that some tap reads. `keys` of them start at `begin` in the axis of all such keys.
+// One box. Its keys are the tokens that can have a weight: all of the rectangle, or, with an RoI-Align map, the rows
+// and columns that some tap reads. `keys` of them start at `begin` in the axis of all such keys.
 struct Region {
   int64_t first, stride, height, width, packed_begin;
   int64_t begin, keys;
@@ -44,7 +44,9 @@ struct Regions {
 
   int64_t num_boxes() const { return int64_t(boxes.size()); }
   int64_t num_keys() const { return int64_t(token.size()); }
-  const Tap* taps_from(int64_t box, int axis, int64_t cell) const { return taps.data() + tap_begin[slot(box, axis, cell)]; }
+  const Tap* taps_from(int64_t box, int axis, int64_t cell) const {
+    return taps.data() + tap_begin[slot(box, axis, cell)];
+  }
   const Tap* taps_to(int64_t box, int axis, int64_t cell) const {
     return taps.data() + tap_begin[slot(box, axis, cell) + 1];
   }
@@ -106,7 +108,9 @@ auto with_storage(const Tensor& tensor, const char* name, const F& run) {
   if (type == ScalarType::BFloat16) return run(static_cast<bf16*>(nullptr));
   return run(static_cast<float*>(nullptr));
 }
-inline ScalarType wide_type(ScalarType type) { return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
+inline ScalarType wide_type(ScalarType type) {
+  return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
 
 template <class X>
 const X* data_of(const Tensor& tensor) {

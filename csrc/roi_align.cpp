@@ -4,7 +4,7 @@
 namespace vreflection {
 namespace {
 
-constexpr int64_t kColumns = 256;      // channels per task: the rows between the two passes stay in the second-level cache
+constexpr int64_t kColumns = 256;  // channels per task: the rows between the two passes stay in the second-level cache
 constexpr int64_t kGradientColumns = 128;
 
 // (P, used_columns) x channels between the passes, then cells.
@@ -17,8 +17,8 @@ void align_box(const Regions& regions, int64_t b, const X* tokens, const std::ve
     std::fill_n(between, box.used_columns * columns, W(0));
     for (const Tap* y = regions.taps_from(b, 0, py); y != regions.taps_to(b, 0, py); ++y)
       for (int64_t x = 0; x < box.used_columns; ++x)
-        kernels<X>().add_scaled_tokens(between + x * columns,
-                                       tokens + offset[box.begin + y->index * box.used_columns + x], W(y->weight), columns);
+        kernels<X>().add_scaled_tokens(
+            between + x * columns, tokens + offset[box.begin + y->index * box.used_columns + x], W(y->weight), columns);
     for (int64_t px = 0; px < regions.side; ++px) {
       std::fill_n(cell, columns, W(0));
       for (const Tap* x = regions.taps_from(b, 1, px); x != regions.taps_to(b, 1, px); ++x)
@@ -96,7 +96,8 @@ Tensor roi_align_backward(Tensor grad_any, Tensor spans, Tensor tap_index, Tenso
       W* between = sums + num_tokens * kGradientColumns;
       std::fill_n(sums, num_tokens * columns, W(0));
       for (int64_t b = 0; b < regions.num_boxes(); ++b)
-        align_box_backward<X>(regions, b, data_of<X>(grad) + b * num_cells * width + column, width, columns, between, sums);
+        align_box_backward<X>(regions, b, data_of<X>(grad) + b * num_cells * width + column, width, columns, between,
+                              sums);
       for (int64_t t = 0; t < num_tokens; ++t)
         kernels<X>().narrow(sums + t * columns, mutable_data_of<X>(out) + t * width + column, columns);
     });

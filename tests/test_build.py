@@ -1,4 +1,4 @@
-"""`setup.py`: what it builds, what it says when it cannot, what comes out installed. Mostly with a stand-in compiler."""
+"""`setup.py`: what it builds, what it says when it cannot, what comes out. Mostly with a stand-in compiler."""
 
 import importlib.util
 import os

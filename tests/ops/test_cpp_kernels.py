@@ -427,20 +427,20 @@ def test_an_unknown_instruction_set_is_refused():
 @pytest.mark.parametrize(
     "isa,tile,product",
     [
-        ("avx2", "dot_tile<.*Plain<float>", "vfmadd.*ps.*%ymm"),
-        ("avx2", "dot_tile<.*Plain<double>", "vfmadd.*pd.*%ymm"),
-        ("avx2", "mix_tile<4, float", "vfmadd.*ps.*%ymm"),
-        ("avx2", "outer_tile<float", "vfmadd.*ps.*%ymm"),
-        ("avx512", "dot_tile<.*Plain<float>", "vfmadd.*ps.*%zmm"),
-        ("avx512", "dot_tile<.*Plain<double>", "vfmadd.*pd.*%zmm"),
-        ("avx512", "mix_tile<8, float", "vfmadd.*ps.*%zmm"),
-        ("avx512", "outer_tile<float", "vfmadd.*ps.*%zmm"),
-        ("avx512bf16", "dot_tile<.*Pairs", "vdpbf16ps.*%zmm"),
+        ("avx2", "dot_(tile|group|rows)<.*Plain<float>", "vfmadd.*ps.*%ymm"),
+        ("avx2", "dot_(tile|group|rows)<.*Plain<double>", "vfmadd.*pd.*%ymm"),
+        ("avx2", "mix_(tile|group|rows)<.*float", "vfmadd.*ps.*%ymm"),
+        ("avx2", "outer_(tile|rows)<float", "vfmadd.*ps.*%ymm"),
+        ("avx512", "dot_(tile|group|rows)<.*Plain<float>", "vfmadd.*ps.*%zmm"),
+        ("avx512", "dot_(tile|group|rows)<.*Plain<double>", "vfmadd.*pd.*%zmm"),
+        ("avx512", "mix_(tile|group|rows)<.*float", "vfmadd.*ps.*%zmm"),
+        ("avx512", "outer_(tile|rows)<float", "vfmadd.*ps.*%zmm"),
+        ("avx512bf16", "dot_(tile|group|rows)<.*Pairs", "vdpbf16ps.*%zmm"),
         ("avx512bf16", "mix_tile<8|mix_rows_in_pairs", "vdpbf16ps.*%zmm"),
     ],
 )
 def test_kernels_use_the_vectors_that_they_were_compiled_for(isa, tile, product):
-    bodies = [body for name, body in disassembly() if f" vreflection::{isa}::" in name and re.search(tile, name)]
+    bodies = [body for name, body in disassembly() if f"vreflection::{isa}::" in name and re.search(tile, name)]
     if not bodies:
         pytest.skip(f"built without {isa} (another architecture or compiler, or stripped)")
     assert any(re.search(product, body) for body in bodies)
