@@ -1,4 +1,5 @@
-# Two commands on a fresh machine: `make quickstart` and `make test`. Python 3.11 or newer, no compiler.
+# Two commands on a fresh machine: `make quickstart` and `make test`. Python 3.11 or newer; with a C++ compiler the CPU
+# operators are built, without one the package runs its plain PyTorch form.
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
@@ -11,6 +12,8 @@ quickstart: $(INSTALLED)
 	$(BIN)/vreflection quickstart $(ARGS)
 
 test: $(INSTALLED)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m interpreter tests/kernels tests/ops
+	$(BIN)/python -m pytest -q -m aot tests/kernels
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: $(INSTALLED)
@@ -22,11 +25,12 @@ lint: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest bench $(PYTEST_ARGS)
 
-$(INSTALLED): pyproject.toml setup.py constraints.txt
+$(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, got %d.%d: make PYTHON=python3.11" % sys.version_info[:2])'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch numpy setuptools ninja
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev]'
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .coverage
+	rm -rf $(VENV) build dist *.egg-info vreflection/*.so .pytest_cache .ruff_cache .hypothesis .coverage

@@ -1,40 +1,186 @@
-"""Shared by all suites: interleaved timing, so that a ratio holds when the machine's speed drifts."""
+"""Shared by all suites: interleaved timing, so that a ratio holds when the machine's speed drifts; measured ceilings.
+
+Every row gets, besides the benchmark's own numbers, p20/p50/p80 of each variant, ratios to the base, and, where the
+case states its bytes and flops, the speed of light (the larger of bytes over copy bandwidth and flops over matrix peak,
+both measured in the same run) and each variant's share of it.
+"""
 
 import statistics
+import subprocess
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+MIB = 2**20
+
+
+def synchronise():
+    if CUDA:
+        torch.cuda.synchronize()
+
+
+def cold_cache():
+    """On a GPU, write more than the second-level cache holds, so that inputs come from memory as they do in a step."""
+    if CUDA:
+        torch.empty(256 * MIB, dtype=torch.int8, device="cuda").zero_()
+
+
+def seconds_of(function) -> float:
+    cold_cache()
+    synchronise()
+    if CUDA:
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        # Work queued ahead hides the host's launch time, which is measured apart in bench_boundary.py.
+        torch.cuda._sleep(2_000_000)
+        start.record()
+        function()
+        stop.record()
+        stop.synchronize()
+        return start.elapsed_time(stop) / 1e3
+    begin = time.perf_counter()
+    function()
+    return time.perf_counter() - begin
+
+
+def percentile(values, share):
+    ordered = sorted(values)
+    return ordered[min(int(share * len(ordered)), len(ordered) - 1)]
+
+
+def measure_ceilings(dtype) -> dict[str, float]:
+    """Copy bandwidth (bytes read plus written per second) and matrix peak (flops per second) of this device."""
+    source = torch.randn((256 if CUDA else 64) * MIB, device=DEVICE)
+    target = torch.empty_like(source)
+    side = 8192 if CUDA else 1536
+    left, right = (torch.randn(side, side, device=DEVICE, dtype=dtype) for _ in range(2))
+    ours = CUDA and hasattr(torch.ops.vreflection, "measure_copy")
+    copy = (lambda: torch.ops.vreflection.measure_copy(target, source)) if ours else (lambda: target.copy_(source))
+    best = {}
+    for name, function in (("copy", copy), ("matrix", lambda: left @ right)):
+        function()
+        best[name] = min(seconds_of(function) for _ in range(7))
+    return {
+        "bytes_per_s": 2 * source.numel() * source.element_size() / best["copy"],
+        "flops_per_s": 2 * side**3 / best["matrix"],
+    }
+
+
+@pytest.fixture(scope="session")
+def ceilings():
+    """`ceilings(dtype)`, measured once per dtype and session."""
+    known = {}
+    return lambda dtype: known.get(dtype) or known.setdefault(dtype, measure_ceilings(dtype))
+
+
+def versions() -> dict[str, str]:
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    found = {"torch": torch.__version__, "threads": str(torch.get_num_threads()), "commit": commit}
+    found["device"] = torch.cuda.get_device_name() if CUDA else "cpu"
+    return found
+
 
 @pytest.fixture
-def interleaved(benchmark):
+def interleaved(benchmark, ceilings):
     """`interleaved({"ours": f, "reference": g}, base="reference")` times the functions in turn in one run.
 
-    The first function is the benchmark's own row; medians and ratios of all go to `extra_info`, and the ratios are
-    printed. Nothing is asserted about time.
+    The first function is the benchmark's own row. `work=(bytes, flops)` of one call and `dtype` add the speed of light.
+    Nothing is asserted about time.
     """
 
-    def run(functions: dict, base: str, rounds: int = 7) -> dict[str, float]:
+    def run(functions: dict, base: str, rounds: int = 7, work=None, dtype=torch.float32) -> dict[str, float]:
         seconds: dict[str, list[float]] = {name: [] for name in functions}
         for turn in range(rounds + 1):
             for name, function in functions.items():
-                if torch.cuda.is_available():
-                    torch.cuda.synchronize()
-                start = time.perf_counter()
-                function()
-                if torch.cuda.is_available():
-                    torch.cuda.synchronize()
+                taken = seconds_of(function)
                 if turn:  # the first turn warms up
-                    seconds[name].append(time.perf_counter() - start)
+                    seconds[name].append(taken)
         medians = {name: statistics.median(values) for name, values in seconds.items()}
         ratios = {name: medians[base] / value for name, value in medians.items()}
-        benchmark.extra_info.update({"median_s": medians, "speedup_over": base, "speedup": ratios, "raw_s": seconds})
-        benchmark.extra_info["torch"] = torch.__version__
-        benchmark.extra_info["threads"] = torch.get_num_threads()
+        row = {
+            "median_s": medians,
+            "p20_s": {name: percentile(values, 0.2) for name, values in seconds.items()},
+            "p80_s": {name: percentile(values, 0.8) for name, values in seconds.items()},
+            "speedup_over": base,
+            "speedup": ratios,
+            "raw_s": seconds,
+            "dtype": str(dtype).removeprefix("torch."),
+            **versions(),
+        }
+        shown = [f"{name} {1e3 * s:.3g} ms ({ratios[name]:.2f}x)" for name, s in medians.items()]
+        if work is not None:
+            ceiling = ceilings(dtype)
+            light = max(work[0] / ceiling["bytes_per_s"], work[1] / ceiling["flops_per_s"])
+            row |= {"bytes": work[0], "flops": work[1], "speed_of_light_s": light, "ceilings": ceiling}
+            row["share_of_light"] = {name: light / s for name, s in medians.items()}
+            first = next(iter(functions))
+            shown.append(f"speed of light {1e3 * light:.3g} ms, {first} at {100 * row['share_of_light'][first]:.0f} %")
+        benchmark.extra_info.update(row)
         benchmark.pedantic(next(iter(functions.values())), rounds=1)
-        shown = ", ".join(f"{name} {1e3 * s:.2f} ms ({ratios[name]:.2f}x)" for name, s in medians.items())
-        print(f"\n{benchmark.name}: {shown}")
+        print(f"\n{benchmark.name}: {', '.join(shown)}")
         return medians
 
     return run
+
+
+def agree(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> None:
+    """Correctness gate before any timing."""
+    allowed = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}[dtype] * right.float().abs().max()
+    error = (left.float() - right.float()).abs().max()
+    assert error < allowed, f"error {error:.2e}, allowed {allowed:.2e}"
+
+
+class StockResampler(torch.nn.Module):
+    """What a user would write: stock attention over padded keys, then LayerNorm. No attention weights are asked for."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.attention, self.norm = module.cross_attn, module.output_norm
+
+    def forward(self, queries_BQD, keys_BND):
+        return self.norm(self.attention(queries_BQD, keys_BND, keys_BND, need_weights=False)[0])
+
+
+def resampler_work(boxes: int, keys: int, tokens: int, width: int, itemsize: int, backward: bool, shared: bool = False):
+    """Fewest bytes and flops of one resampler call: four weights, the tokens once per product, 64 rows per box."""
+    queries = heads = 8
+    vectors = (queries if shared else boxes * queries) + boxes * queries
+    weights, region = 4 * width * width * itemsize, tokens * width * itemsize
+    flops = 2 * vectors * width * width * 2 + 4 * heads * queries * keys * width
+    if not backward:
+        return weights + region, flops
+    # Backward reads the weights, writes their gradients and reads the tokens again.
+    return 3 * weights + 2 * region, 3 * flops
+
+
+def timed_step(module, call, direction: str, leaves=()):
+    """A closure that runs `call()` forward only, or forward and backward with gradients dropped afterwards."""
+
+    def forward():
+        with torch.no_grad():
+            call()
+
+    def both():
+        call().sum().backward()
+        module.zero_grad(set_to_none=True)
+        for leaf in leaves:
+            leaf.grad = None
+
+    return forward if direction == "forward" else both
+
+
+@pytest.fixture(scope="session")
+def lab():
+    """The helpers above, for suites."""
+    names = ("CUDA", "DEVICE", "agree", "StockResampler", "resampler_work", "timed_step", "versions", "seconds_of")
+    return SimpleNamespace(**{name: globals()[name] for name in names})
+
+
+def pytest_generate_tests(metafunc):
+    """`dtype`: what the device is used with."""
+    if "dtype" in metafunc.fixturenames:
+        dtypes = [torch.bfloat16] if CUDA else [torch.float32, torch.bfloat16]
+        metafunc.parametrize("dtype", dtypes, ids=lambda d: str(d).removeprefix("torch."))

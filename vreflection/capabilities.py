@@ -42,10 +42,16 @@ def devices() -> dict[str, str]:
 
 def choices() -> dict[str, str]:
     """`auto` choices of each part; parts with one implementation say so."""
+    import torch
+
+    from .ops import dispatch
+
     flash = importlib.util.find_spec("flash_attn") is not None
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     return {
-        "roi_align": "torch (only fused form so far; reference on request)",
-        "region_attention": "torch, absorbed projections (reference on request)",
+        **dispatch.explain(device, dtype),
+        "C++ extension": dispatch.CPP_MISSING or "loaded",
+        "CUDA extension": dispatch.CUDA_MISSING or "loaded",
         "decode tier": "eager (only tier so far)",
         "host attention": "flash_attention_2 is installed; choose it with attn_implementation" if flash else "sdpa",
     }

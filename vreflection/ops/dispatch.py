@@ -45,13 +45,13 @@ INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 _announced: set[tuple[str, str, str]] = set()
 
 
-def _load_extension() -> str:
-    """Load the compiled CPU operators; the reason why not, or an empty string."""
-    path = Path(__file__).resolve().parent.parent / "_C.abi3.so"
+def _load_library(name: str) -> str:
+    """Load a compiled library of operators; the reason why not, or an empty string."""
+    path = Path(__file__).resolve().parent.parent / f"{name}.abi3.so"
     if not path.exists():
         return (
             "the C++ extension was not built; with torch and a compiler installed: "
-            "pip install --no-build-isolation --force-reinstall --no-deps vreflection"
+            "pip install --no-build-isolation --force-reinstall --no-deps <vreflection>"
         )
     try:
         torch.ops.load_library(str(path))
@@ -66,7 +66,9 @@ def _find_triton() -> str:
     return ""
 
 
-CPP_MISSING = _load_extension()
+CPP_MISSING = _load_library("_C")
+# Needs torch's CUDA libraries in the process; a CPU build of torch has none.
+CUDA_MISSING = _load_library("_C_cuda") if torch.version.cuda else "this torch is a CPU build"
 TRITON_MISSING = _find_triton()
 
 

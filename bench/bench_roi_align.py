@@ -1,0 +1,54 @@
+"""RoI-Align of wide tokens on its own: `pytest bench/bench_roi_align.py -s`."""
+
+import pytest
+import torch
+
+from vreflection.ops import roi_align
+
+WIDTH, SIDE = 3584, 72
+FOUR = torch.tensor([[0.0, 0.0, 0.44, 0.44], [0.5, 0.0, 0.94, 0.44], [0.0, 0.5, 0.44, 0.94], [0.5, 0.5, 0.94, 0.94]])
+
+
+def dense(tokens, matrix_BCT):
+    """The map as a dense matrix over the whole image: what a batched product makes of it."""
+    return matrix_BCT @ tokens
+
+
+@pytest.mark.parametrize("direction", ["forward", "forward_backward"])
+@pytest.mark.parametrize("cells", [7, 14])
+def test_roi_align(interleaved, lab, dtype, cells, direction):
+    device = lab.DEVICE
+    tokens = torch.randn(SIDE * SIDE, WIDTH, device=device, dtype=dtype, requires_grad=True)
+    geometry = (torch.tensor([[SIDE, SIDE]]), FOUR, torch.zeros(4, dtype=torch.long))
+    one_hot = torch.eye(SIDE * SIDE, device=device)
+    matrix = roi_align(one_hot, *geometry, cells, impl="torch").to(dtype)
+    calls = {
+        "auto": lambda: roi_align(tokens, *geometry, cells),
+        "torch": lambda: roi_align(tokens, *geometry, cells, impl="torch"),
+        "dense": lambda: dense(tokens, matrix),
+    }
+    with torch.no_grad():
+        expected = calls["dense"]()
+        for call in calls.values():
+            lab.agree(call(), expected, dtype)
+
+    def step(call):
+        def both():
+            tokens.grad = None
+            call().sum().backward()
+
+        def forward():
+            with torch.no_grad():
+                call()
+
+        return forward if direction == "forward" else both
+
+    size = tokens.element_size()
+    # Each cell takes 16 taps of two axes, and each tap's token is read once per box.
+    moved = (4 * 32 * 32 + 4 * cells**2) * WIDTH * size
+    flops = 2 * 4 * cells**2 * 16 * WIDTH
+    if direction != "forward":
+        moved, flops = 2 * moved + SIDE * SIDE * WIDTH * size, 2 * flops
+    interleaved(
+        {name: step(call) for name, call in calls.items()}, "dense", 30 if lab.CUDA else 9, (moved, flops), dtype
+    )
