@@ -16,8 +16,10 @@ pytestmark = [
 ARCHITECTURES = (80, 90, 100)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}
-# ptxas 13.1 keeps these at 128 registers, for occupancy, at the price of a few words of stack.
-STACK_ALLOWED = {("_roi_align_backward_kernel", "fp32", 100): 32, ("_token_gradient_kernel", "bf16", 100): 24}
+# The streaming kernels must not spill in 16 bits. In the others ptxas (it varies with its version) trades up to
+# eight words of stack for occupancy.
+STREAMING = ("_region_scores_kernel", "_region_context_kernel")
+STACK_LIMIT = 32
 # Of the 7B model: width 3584, 8 heads x 8 queries, so these are multiples of 16 at run time as well.
 DIVISIBLE = {"num_rows", "depth", "token_stride", "row_stride", "chunk", "size", "block", "latent_size", "queries"}
 POINTERS = {
@@ -120,8 +122,9 @@ def cache(tmp_path_factory):
 def case_problems(compiled, folder, name, kind, architecture, expect):
     """What is wrong with a compiled kernel, and one line of facts about it."""
     ptx, used, shared = compiled.asm["ptx"], resources(compiled, folder), compiled.metadata.shared
+    stack_limit = 0 if name in STREAMING and kind == "bf16" else STACK_LIMIT
     checks = {
-        f"{used['STACK']} bytes of stack": used["STACK"] <= STACK_ALLOWED.get((name, kind, architecture), 0),
+        f"{used['STACK']} bytes of stack": used["STACK"] <= stack_limit,
         f"{used['LOCAL']} bytes of local memory": used["LOCAL"] == 0,
         f"{shared} bytes of shared memory": shared <= SHARED_LIMIT[architecture],
         "float64 arithmetic": ".f64" not in ptx,
@@ -149,7 +152,7 @@ def test_every_shipped_kernel_compiles_well(oracle, tmp_path, architecture):
 @pytest.mark.parametrize("rows", [16, 128])
 def test_few_and_many_rows_compile_well_on_hopper(oracle, tmp_path, rows):
     for module, name, constants, tile, kind, expect in cases(oracle.kernel_module("launch")):
-        if name in ("_region_scores_kernel", "_region_context_kernel"):
+        if name in STREAMING:
             kernel = getattr(oracle.kernel_module(module), name)
             compiled = compile_for(kernel, constants | {"ROW_TILE": rows}, tile, kind, 90)
             found, facts = case_problems(compiled, tmp_path, name, kind, 90, expect)
@@ -159,10 +162,9 @@ def test_few_and_many_rows_compile_well_on_hopper(oracle, tmp_path, rows):
 def test_the_tokens_come_in_16_byte_pieces(oracle):
     """Not only some load: each token load of the two large kernels, asynchronously on sm_90."""
     launch = oracle.kernel_module("launch")
-    for module, name, constants, tile, kind, expect in cases(launch):
+    for module, name, constants, tile, kind, _ in cases(launch):
         # The packed sum also copies int64 spans, 8 bytes each.
-        streams = expect == "dot" and kind == "bf16" and name != "_token_gradient_kernel"
-        if streams and not constants.get("PACKED"):
+        if name in STREAMING and kind == "bf16" and not constants.get("PACKED"):
             ptx = compile_for(getattr(oracle.kernel_module(module), name), constants, tile, kind, 90).asm["ptx"]
             widths = re.findall(r"cp\.async\.c[ag]\.shared\.global\b.*?, (0x10|16|8|4|0x8|0x4)\b", ptx)
             assert widths, f"{name}: no asynchronous copy found"
