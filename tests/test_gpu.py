@@ -51,8 +51,9 @@ def test_error_stays_within_twice_the_reference_in_the_same_precision(kind, dtyp
             assert error <= allowed, f"tensor {name}: error {error:.2e}, allowed {allowed:.2e}"
 
 
-def test_step_with_host_geometry_does_not_synchronise():
-    module = BoxGuidedCompression(WIDTH).cuda()
+@pytest.mark.parametrize("region", ["window", "roi_align"])
+def test_step_with_host_geometry_does_not_synchronise(region):
+    module = BoxGuidedCompression(WIDTH, region=region).cuda()
     tokens = torch.randn(int(GRIDS.prod(1).sum()), WIDTH, device="cuda")
     plan = module.plan(tokens, GRIDS, BOXES, BOX_IMAGE)
     torch.cuda.set_sync_debug_mode("error")
