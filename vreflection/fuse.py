@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from .ops import AttentionWeights, RegionPlan, cost_model, image_plan, region_attention, resample
+from .ops.dispatch import fastest
 from .ops.regions import rect_plan
 from .ops.resample import autocast_values, merge_box_heads
 
@@ -134,7 +135,7 @@ def fused_forward(
     if batched and not module.batch_first:
         query_BQE, key_BND = query_BQE.transpose(0, 1), key_BND.transpose(0, 1)
     shared = query_BQE.shape[0] == 1 or query_BQE.stride(0) == 0
-    if (need_weights and not average_attn_weights) or not absorbing_pays(module, query_BQE, key_BND, shared):
+    if (need_weights and not average_attn_weights) or not absorbing_pays(module, query_BQE, key_BND, shared, impl):
         calls["stock"] += 1
         return stock()
     calls["absorbed"] += 1
@@ -178,12 +179,14 @@ def same_tensor(left: torch.Tensor, right: torch.Tensor) -> bool:
     )
 
 
-def absorbing_pays(module: nn.MultiheadAttention, query_BQE, key_BND, shared: bool) -> bool:
+def absorbing_pays(module: nn.MultiheadAttention, query_BQE, key_BND, shared: bool, impl: str) -> bool:
     batch, keys, width = key_BND.shape
     if query_BQE is key_BND or query_BQE.shape[1] >= keys:
         return False
     shape = (batch, shared, query_BQE.shape[1], module.num_heads, width, batch * keys, key_BND.element_size())
-    return cost_model.absorbed_cost(*shape) <= cost_model.projected_cost(*shape)
+    if impl == "auto":
+        impl = fastest("resample", key_BND.device.type, key_BND.dtype)
+    return cost_model.absorbed_cost(*shape, impl) <= cost_model.projected_cost(*shape)
 
 
 def padded_plan(

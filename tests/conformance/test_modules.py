@@ -15,7 +15,7 @@ def select(numbers, prefix):
     return {name.removeprefix(prefix): value for name, value in numbers.items() if name.startswith(prefix)}
 
 
-@pytest.mark.parametrize("impl", ["torch", "reference"])
+@pytest.mark.parametrize("impl", ["auto", "torch", "reference"])
 @pytest.mark.parametrize("name", ["bcm", "dac"])
 def test_outputs_and_gradients(golden, name, impl):
     numbers = select(golden("modules.safetensors"), f"{name}.")

@@ -4,7 +4,7 @@ import torch
 from vreflection.ops import roi_align
 
 
-@pytest.mark.parametrize("impl", ["torch", "reference"])
+@pytest.mark.parametrize("impl", ["auto", "torch", "reference"])
 def test_forward_and_gradient(golden, impl):
     numbers = golden("roi_align.safetensors")
     for case in golden("roi_align.json"):

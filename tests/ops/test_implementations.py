@@ -231,6 +231,31 @@ def test_second_derivatives_are_refused_rather_than_wrong(ragged, impl):
         gradient.sum().backward()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("impl", ["torch", "cpp"])
+def test_no_keys_values_or_cells_are_kept_for_the_backward(ragged, impl, kind):
+    """Beyond inputs and parameters, a step keeps less than an eighth of what the tokens take."""
+    ragged.runnable("resample", impl, torch.float32)
+    width, heads, queries = 512, 4, 2
+    plan = ragged.plan(kind, ([[40, 50]], [[0, 0, 1, 1]], [0]), torch.float32)
+    tokens, w = draw(2000, width, dtype=torch.float32), ragged.weights(width, torch.float32)
+    given = [tokens, draw(queries, width, dtype=torch.float32), *w]
+    inputs = [*given, *(tensor for tensor in plan.geometry if tensor is not None)]
+    known = {tensor.untyped_storage().data_ptr() for tensor in inputs}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    leaves = [leaf.requires_grad_() for leaf in given[1:]]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        resample(leaves[0], tokens, plan, AttentionWeights(*leaves[1:]), heads, True, impl)
+    assert 0 < sum(kept.values()) < tokens.numel() * tokens.element_size() / 8
+
+
 def test_pieces_compose_to_the_whole(ragged):
     """What a user builds from the small operators is what `resample` computes."""
     grids, _, box_image = ragged.SHAPES["boxes out of image order"]

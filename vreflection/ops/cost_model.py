@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .skinny import ours
+
 if TYPE_CHECKING:
     import torch
 
@@ -11,32 +13,39 @@ if TYPE_CHECKING:
 
 # Flops a CPU does in the time it reads one byte: measured 100 to 170 GFLOP/s against 31 GB/s on two cores.
 FLOPS_PER_BYTE = 5.0
+# A library's product of few rows with a weight reads it at half the speed of ours (docs/measured-facts.md).
+LIBRARY_PENALTY = 2.0
 
 
-def absorbed_cost(boxes: int, shared: bool, queries: int, heads: int, width: int, keys: int, itemsize: int) -> float:
+def absorbed_cost(
+    boxes: int, shared: bool, queries: int, heads: int, width: int, keys: int, itemsize: int, impl: str
+) -> float:
     """Cost in byte-times of one forward in the absorbed form: rows through W_q and W_k, context through W_v and W_o."""
-    vectors = (queries if shared else boxes * queries) + boxes * queries
-    weights = _product(2 * vectors * width * width * 2, 4 * width * width * itemsize)
-    attention = _product(4 * heads * queries * keys * width, 2 * keys * width * itemsize)
-    return weights + attention
+    before, after = queries if shared else boxes * queries, boxes * queries
+    penalty = 1.0 if ours(after, impl) else LIBRARY_PENALTY
+    weights = sum(
+        _product(4 * vectors * width * width, penalty * 2 * width * width * itemsize) for vectors in (before, after)
+    )
+    return weights + _product(4 * heads * queries * keys * width, 2 * keys * width * itemsize)
 
 
 def projected_cost(boxes: int, shared: bool, queries: int, heads: int, width: int, keys: int, itemsize: int) -> float:
     """The same for the stock form: every key through W_k and W_v, queries through W_q and W_o."""
-    vectors = (queries if shared else boxes * queries) + boxes * queries
-    weights = _product(2 * vectors * width * width, 2 * width * width * itemsize)
-    project = _product(4 * keys * width * width, 2 * width * width * itemsize)
+    before, after = queries if shared else boxes * queries, boxes * queries
+    weight = LIBRARY_PENALTY * width * width * itemsize
+    thin = sum(_product(2 * vectors * width * width, weight) for vectors in (before, after))
+    project = _product(4 * keys * width * width, 2 * weight)
     # Keys and values are written, then read by the attention.
-    return weights + project + _product(4 * queries * keys * width, 6 * keys * width * itemsize)
+    return thin + project + _product(4 * queries * keys * width, 6 * keys * width * itemsize)
 
 
 def _product(flops: float, size: float) -> float:
     return max(flops / FLOPS_PER_BYTE, size)
 
 
-def prefers_projected(plan: RegionPlan, queries: torch.Tensor, heads: int) -> bool:
-    """Whether `resample` should make keys and values for these shapes."""
+def prefers_projected(plan: RegionPlan, queries: torch.Tensor, heads: int, impl: str) -> bool:
+    """Whether `resample` should make keys and values for these shapes, rather than run `impl` absorbed."""
     count, width = queries.shape[1:]
     keys = plan.num_keys if plan.tap_index is None else plan.num_boxes * plan.tap_index.shape[2] ** 2
     shape = (plan.num_boxes, queries.shape[0] == 1, count, heads, width, keys, queries.element_size())
-    return projected_cost(*shape) < absorbed_cost(*shape)
+    return projected_cost(*shape) < absorbed_cost(*shape, impl)

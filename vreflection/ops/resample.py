@@ -204,7 +204,7 @@ def resample(
         from .reference import resample_reference
 
         out, maps = resample_reference(queries, tokens, plan, weights, heads)
-    elif impl == "auto" and plan.spans_host is not None and cost_model.prefers_projected(plan, queries, heads):
+    elif impl == "auto" and plan.spans_host is not None and cost_model.prefers_projected(plan, queries, heads, chosen):
         from .projected import resample_projected
 
         out, maps = resample_projected(queries, tokens, plan, weights, heads)
