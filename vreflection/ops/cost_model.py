@@ -13,8 +13,9 @@ if TYPE_CHECKING:
 
 # Flops a CPU does in the time it reads one byte: measured 100 to 170 GFLOP/s against 31 GB/s on two cores.
 FLOPS_PER_BYTE = 5.0
-# A library's product of few rows with a weight reads it at half the speed of ours (docs/measured-facts.md).
-LIBRARY_PENALTY = 2.0
+# A library's product of few rows with a float32 weight reads it at half the speed of ours; with a 16-bit weight, and as
+# few rows as one key, it is a little faster (docs/measured-facts.md, "Few rows against a weight").
+LIBRARY_PENALTY, LIBRARY_PENALTY_16BIT = 2.0, 0.95
 
 
 def absorbed_cost(
@@ -22,7 +23,7 @@ def absorbed_cost(
 ) -> float:
     """Cost in byte-times of one forward in the absorbed form: rows through W_q and W_k, context through W_v and W_o."""
     before, after = queries if shared else boxes * queries, boxes * queries
-    penalty = 1.0 if ours(after, impl) else LIBRARY_PENALTY
+    penalty = 1.0 if ours(after, impl) else _library_penalty(itemsize)
     weights = sum(
         _product(4 * vectors * width * width, penalty * 2 * width * width * itemsize) for vectors in (before, after)
     )
@@ -32,11 +33,15 @@ def absorbed_cost(
 def projected_cost(boxes: int, shared: bool, queries: int, heads: int, width: int, keys: int, itemsize: int) -> float:
     """The same for the stock form: every key through W_k and W_v, queries through W_q and W_o."""
     before, after = queries if shared else boxes * queries, boxes * queries
-    weight = LIBRARY_PENALTY * width * width * itemsize
+    weight = _library_penalty(itemsize) * width * width * itemsize
     thin = sum(_product(2 * vectors * width * width, weight) for vectors in (before, after))
     project = _product(4 * keys * width * width, 2 * weight)
     # Keys and values are written, then read by the attention.
     return thin + project + _product(4 * queries * keys * width, 6 * keys * width * itemsize)
+
+
+def _library_penalty(itemsize: int) -> float:
+    return LIBRARY_PENALTY_16BIT if itemsize == 2 else LIBRARY_PENALTY
 
 
 def _product(flops: float, size: float) -> float:
