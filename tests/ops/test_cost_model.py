@@ -20,8 +20,8 @@ def test_absorbing_pays_more_the_more_tokens_there_are():
     # One box of few tokens: either form reads the four weights, and that is the cost; ours reads them faster.
     assert ratio(1, keys=1) == pytest.approx(1, abs=0.01)
     assert ratio(1, keys=1, impl="cpp") > 1.5
-    # In 16 bits the library is as fast, so that a single key is projected and sixteen are not.
-    assert ratio(1, keys=1, impl="cpp", itemsize=2) < 1 < ratio(1, keys=16, impl="cpp", itemsize=2)
+    # In 16 bits the library is as fast.
+    assert ratio(1, keys=1, impl="cpp", itemsize=2) == pytest.approx(1, abs=0.01)
 
 
 def test_many_boxes_of_one_token_are_projected_and_large_ones_never():

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 # Flops a CPU does in the time it reads one byte: measured 100 to 170 GFLOP/s against 31 GB/s on two cores.
 FLOPS_PER_BYTE = 5.0
-# A library's product of few rows with a float32 weight reads it at half the speed of ours; with a 16-bit weight, and as
-# few rows as one key, it is a little faster (docs/measured-facts.md, "Few rows against a weight").
-LIBRARY_PENALTY, LIBRARY_PENALTY_16BIT = 2.0, 0.95
+# A library's product of few rows with a float32 weight reads it at half the speed of ours; with a 16-bit weight it is
+# as fast (docs/measured-facts.md, "Few rows against a weight").
+LIBRARY_PENALTY, LIBRARY_PENALTY_16BIT = 2.0, 1.0
 
 
 def absorbed_cost(
