@@ -54,7 +54,7 @@ def plot(rows: list[dict], target: Path) -> None:
     import matplotlib
 
     matplotlib.use("svg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     sweeps: dict[str, list[tuple[int, dict]]] = {}
     for row in rows:
@@ -71,6 +71,9 @@ def plot(rows: list[dict], target: Path) -> None:
             axis.plot(sizes, [1e3 * row["median_s"][variant] for _, row in points], marker="o", label=variant)
         axis.plot(sizes, [1e3 * row["speed_of_light_s"] for _, row in points], "k:", label="speed of light")
         axis.set(xscale="log", yscale="log", xlabel=name, ylabel="ms, forward and backward")
+        axis.set_xticks(sizes, [str(size) for size in sizes])
+        axis.xaxis.set_minor_locator(ticker.NullLocator())
+        axis.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
         axis.grid(alpha=0.3)
     axes[0][0].legend(frameon=False)
     figure.tight_layout()
