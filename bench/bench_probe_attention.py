@@ -36,7 +36,8 @@ def test_probe(interleaved, lab, dtype, count, images, direction):
         "torch": (plain, lambda: plain(probes, tokens, grids, box_image)),
         "stock": (stock, lambda: stock(probes, keys)),
     }
-    if lab.CUDA:
+    if lab.CUDA and count == 5120:  # compiling takes longer than the rest of the suite
+        torch._dynamo.reset()
         compiled = torch.compile(stock)
         calls["stock, compiled"] = (stock, lambda: compiled(probes, keys))
     with torch.no_grad():

@@ -35,7 +35,7 @@ def seconds_of(function) -> float:
     if CUDA:
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         # Work queued ahead hides the host's launch time, which is measured apart in bench_boundary.py.
-        torch.cuda._sleep(2_000_000)
+        torch.cuda._sleep(20_000_000)
         start.record()
         function()
         stop.record()

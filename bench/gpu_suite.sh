@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # One command on a machine with a GPU, its torch already installed and no internet: install, GPU tests, benchmarks, table.
 # Full results go to $OUT (default bench/results/gpu), at most eight files; a short table is printed last. DRY=1 only
-# prints the plan. About nine minutes.
+# prints the plan. PARTS="tests" or PARTS="bench" runs one half, where a command may take ten minutes at most.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-bench/results/gpu}
 mkdir -p "$OUT"
 export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
+PARTS=${PARTS:-tests bench}
 summary=()
 part() { # name, seconds, command…; every part's output is appended to one log
   local name=$1 limit=$2 log
@@ -22,16 +23,23 @@ part() { # name, seconds, command…; every part's output is appended to one log
 bench() { part "$1" "$2" python3 -m pytest -q -s "bench/$1.py" --benchmark-json="$OUT/$1.json"; }
 part install 90 python3 -m pip install --no-deps --no-build-isolation -e .
 part versions 60 python3 -m vreflection info --json
-part gpu_tests 150 python3 -m pytest -q -m gpu tests --maxfail=20
-part race_check 60 compute-sanitizer --tool racecheck --error-exitcode 9 python3 -m pytest -q -m gpu tests/test_gpu_ops.py -k "shipped and 0"
-bench bench_probe_attention 100
-bench bench_region_attention 90
-bench bench_roi_align 30
-bench bench_distillation_loss 30
-bench bench_boundary 30
-bench bench_decode 60
-if [ -z "${DRY:-}" ]; then
-  python3 bench/report.py "$OUT"/bench_*.json --markdown "$OUT/table.md" > /dev/null 2>> "$OUT/log.txt"
+if [[ $PARTS == *tests* ]]; then
+  part gpu_tests 300 python3 -m pytest -q -m gpu tests --maxfail=20
+  part race_check 120 compute-sanitizer --tool racecheck --error-exitcode 9 \
+    python3 -m pytest -q -m gpu tests/test_gpu_ops.py -k "shipped and 0"
+fi
+if [[ $PARTS == *bench* ]]; then
+  bench bench_probe_attention 180
+  bench bench_region_attention 100
+  bench bench_roi_align 40
+  bench bench_distillation_loss 40
+  bench bench_growth 60
+  bench bench_boundary 30
+  bench bench_decode 60
+fi
+if [[ -z "${DRY:-}" && $PARTS == *bench* ]]; then
+  python3 bench/report.py "$OUT"/bench_*.json --markdown "$OUT/table.md" --plot "$OUT/growth.svg" \
+    > /dev/null 2>> "$OUT/log.txt"
   python3 - "$OUT" <<'PY'
 import glob, json, sys
 rows = {path: json.load(open(path)) for path in sorted(glob.glob(sys.argv[1] + "/bench_*.json"))}

@@ -55,6 +55,7 @@ def fuse(model: nn.Module, impl: str = "auto") -> FusedHandle:
     Suitable is an `nn.MultiheadAttention` called with few queries over many tokens that are both keys and values: a
     Perceiver-style resampler with learnable or given queries, `kdim = vdim` of any width, with or without bias, batched
     or not, with `key_padding_mask`. Outputs, averaged weights and gradients are the stock module's up to rounding.
+    On a GPU such a mask costs one synchronisation per call, to read the lengths.
     Calls where that would cost more (self-attention, many queries, few keys, per-head weights) run the stock forward.
 
     Args:

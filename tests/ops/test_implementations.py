@@ -305,3 +305,23 @@ def test_plan_of_int64_offsets():
     plan = image_plan(2**31 + 4, [[2**15, 2**16], [2, 2]], [1])
     assert plan.spans_B5.tolist() == [[2**31, 2, 2, 2, 0]]
     assert plan.key_tokens().tolist() == [2**31, 2**31 + 1, 2**31 + 2, 2**31 + 3]
+
+
+@pytest.mark.parametrize("impl", ["torch", "cpp"])
+def test_regions_past_two_to_the_31_elements(ragged, impl):
+    """The last image of a pack of 2.2e9 values; only its own pages are ever touched."""
+    ragged.runnable("region_attention", impl, torch.bfloat16)
+    width, first = 3584, 800 * 770
+    pack = torch.empty(first + 12, width, dtype=torch.bfloat16)
+    assert pack[first:].storage_offset() > 2**31
+    pack[first:] = draw(12, width, dtype=torch.bfloat16)
+    rows = draw(6, width, seed=1, dtype=torch.bfloat16) / width**0.5
+    far, near = image_plan(first + 12, [[800, 770], [3, 4]], [1]), image_plan(12, [[3, 4]], [0])
+
+    def run(tokens, plan):
+        query = rows.clone().requires_grad_()
+        context = region_attention(query, tokens, plan, impl=impl)
+        return context.detach(), *torch.autograd.grad(context.float().square().sum(), query)
+
+    for got, expected in zip(run(pack, far), run(pack[first:].clone(), near), strict=True):
+        assert torch.equal(got, expected)

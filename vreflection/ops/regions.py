@@ -113,7 +113,10 @@ def host_array(values, name: str, shape_tail: tuple[int, ...], dtype) -> np.ndar
 
 def device_tensor(array: np.ndarray, device: torch.device | str) -> torch.Tensor:
     """A host array as a tensor on `device`, without waiting for the copy."""
-    return torch.from_numpy(np.ascontiguousarray(array)).to(device, non_blocking=True)
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    if torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()  # a copy from pageable memory would wait for the stream
+    return tensor.to(device, non_blocking=True)
 
 
 def check_geometry(num_tokens: int, grids, box_image) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
