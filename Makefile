@@ -7,14 +7,21 @@ PYTEST_ARGS ?=
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: quickstart test lint bench clean
+.PHONY: quickstart test test-kernels lint bench clean
 quickstart: $(INSTALLED)
 	$(BIN)/vreflection quickstart $(ARGS)
 
+# Triton is imported differently by the kernel tests, so they are processes of their own, beside the main one. One thread
+# each: two torch processes with two threads on two cores starve one another.
 test: $(INSTALLED)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m interpreter tests/kernels tests/ops
-	$(BIN)/python -m pytest -q -m aot tests/kernels
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@log=$$(mktemp); $(MAKE) --no-print-directory test-kernels > $$log 2>&1 & kernels=$$!; \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS); main=$$?; \
+	wait $$kernels; kernels=$$?; cat $$log; rm -f $$log; \
+	test $$main -eq 0 && test $$kernels -eq 0
+
+test-kernels: $(INSTALLED)
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m interpreter tests/kernels tests/ops
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m aot tests/kernels
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
