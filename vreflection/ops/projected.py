@@ -6,8 +6,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from .cells import rectangle, sample_cells, splat_cells, tap_matrices
 from .regions import RegionPlan, device_tensor
-from .roi_align import rectangle, sample_cells, splat_cells, tap_matrices
 
 
 def resample_projected(queries_BQD, tokens, plan: RegionPlan, weights, heads: int):

@@ -7,8 +7,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+from .cells import tap_matrices
 from .regions import RegionPlan, check_geometry, host_array
-from .roi_align import tap_matrices
 
 
 def _bilinear(image_HWD: torch.Tensor, y: float, x: float) -> torch.Tensor:

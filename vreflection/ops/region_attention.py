@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import torch
 
+from .cells import rectangle, sample_cells, splat_cells, tap_matrices
 from .dispatch import choose, operator
 from .regions import RegionPlan, check_tokens, row_strided
-from .roi_align import rectangle, sample_cells, splat_cells, tap_matrices
 from .schemas import LIBRARY, wide_dtype
 
 

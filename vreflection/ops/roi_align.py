@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from .cells import rectangle, sample_cells, splat_cells, tap_matrices
 from .dispatch import choose, operator
 from .regions import (
     RegionPlan,
@@ -94,36 +95,6 @@ def roi_plan(
         tap_index=device_tensor(np.stack(inside), device),
         tap_weight=device_tensor(weight, device).to(dtype, non_blocking=True),
     )
-
-
-def tap_matrices(plan_spans: list[list[int]], tap_index: torch.Tensor, tap_weight: torch.Tensor, box: int):
-    """The two axes of one box's sampling map as dense matrices `(P, height)` and `(P, width)`."""
-    _, _, height, width, _ = plan_spans[box]
-    cells = tap_index.shape[2]
-    return [
-        tap_weight.new_zeros(cells, extent).scatter_add(1, tap_index[axis, box], tap_weight[axis, box])
-        for axis, extent in enumerate((height, width))
-    ]
-
-
-def rectangle(tokens: torch.Tensor, span: list[int]) -> torch.Tensor:
-    """One box's tokens, `(height, width, D)`: a view."""
-    first, stride, height, width, _ = span
-    row, column = tokens.stride()
-    return tokens.as_strided(
-        (height, width, tokens.shape[1]), (stride * row, row, column), tokens.storage_offset() + first * row
-    )
-
-
-def sample_cells(values_hwR: torch.Tensor, rows_Ph: torch.Tensor, columns_Pw: torch.Tensor) -> torch.Tensor:
-    """Apply the sampling map: token channels `(h, w, R)` to cell channels `(C, R)`."""
-    return torch.einsum("ph,hwr,qw->pqr", rows_Ph, values_hwR, columns_Pw).flatten(0, 1)
-
-
-def splat_cells(cells_CR: torch.Tensor, rows_Ph: torch.Tensor, columns_Pw: torch.Tensor) -> torch.Tensor:
-    """Apply its transpose: cell channels `(C, R)` back to token channels `(h, w, R)`."""
-    cells = cells_CR.unflatten(0, (rows_Ph.shape[0], columns_Pw.shape[0]))
-    return torch.einsum("ph,pqr,qw->hwr", rows_Ph, cells, columns_Pw)
 
 
 def roi_align_torch(tokens, spans, tap_index, tap_weight) -> torch.Tensor:
