@@ -29,6 +29,8 @@ MIN_TORCH = (2, 11)
 # Stable ABI of torch 2.11: one binary for that version and every later one.
 DEFINES = ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DNDEBUG"]
 CXX_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", "-Wall"]
+# Error messages name files: relative to the source, whatever machine built them.
+CXX_FLAGS += [f"-ffile-prefix-map={ROOT}/="]
 # The CUDA part speaks to torch's C shim for the current stream; nvcc 13 has no target below 7.5.
 NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden", "-DUSE_CUDA"]
 DEFAULT_ARCHS = "8.0;9.0a;9.0+PTX"

@@ -7,8 +7,11 @@ namespace {
 void check_span(const Region& box, int64_t index, int64_t num_tokens, int64_t packed) {
   STD_TORCH_CHECK(box.height >= 1 && box.width >= 1, "spans: expected height and width >= 1, got ", box.height, " x ",
                   box.width, " for box ", index);
+  // Each factor is bounded before the product, which could overflow; rows of one rectangle do not overlap.
   STD_TORCH_CHECK(
-      box.first >= 0 && box.stride >= 0 && box.first + (box.height - 1) * box.stride + box.width <= num_tokens,
+      box.first >= 0 && box.first <= num_tokens && box.stride >= 0 && box.stride <= num_tokens &&
+          box.height <= num_tokens && box.width <= num_tokens && (box.height == 1 || box.stride >= box.width) &&
+          box.first + (box.height - 1) * box.stride + box.width <= num_tokens,
       "spans: expected tokens in [0, ", num_tokens, "), got first ", box.first, ", stride ", box.stride, ", height ",
       box.height, ", width ", box.width, " for box ", index);
   STD_TORCH_CHECK(box.packed_begin == packed, "spans: expected key offset ", packed, " (no gaps, box order), got ",
@@ -87,6 +90,8 @@ Regions plan_regions(const Tensor& spans_any, const std::optional<Tensor>& tap_i
     weight = weights_of(torch::stable::contiguous(*tap_weight));
     plan.side = tap_index->size(2);
     num_taps = tap_index->size(3);
+    STD_TORCH_CHECK(plan.side >= 1 && num_taps >= 1, "tap_index: expected at least one cell and one tap, got ",
+                    plan.side, " cells per side and ", num_taps, " taps");
     plan.tap_begin.push_back(0);
   }
   const int64_t axis_size = plan.side * num_taps;

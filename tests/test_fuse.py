@@ -1,4 +1,5 @@
 import copy
+import pickle
 
 import pytest
 import torch
@@ -110,13 +111,13 @@ def test_parameters_state_dict_and_class_stay_and_undo_restores():
     before, identities = copy.deepcopy(module.state_dict()), [id(p) for p in module.parameters()]
     handle = vr.fuse(module)
     assert list(module.state_dict()) == list(before) and [id(p) for p in module.parameters()] == identities
-    assert "forward" in module.cross_attn.__dict__ and type(module.cross_attn) is nn.MultiheadAttention
+    assert type(module.cross_attn) is not nn.MultiheadAttention and isinstance(module.cross_attn, nn.MultiheadAttention)
     other = Resampler()
     other(torch.randn(1, 4, WIDTH))
-    assert "forward" not in other.cross_attn.__dict__
+    assert type(other.cross_attn) is nn.MultiheadAttention
     handle.undo()
     handle.undo()
-    assert "forward" not in module.cross_attn.__dict__
+    assert type(module.cross_attn) is nn.MultiheadAttention and not hasattr(module.cross_attn, "_fused_calls")
     module(torch.randn(1, 4, WIDTH))
     assert handle.calls["cross_attn"] == {"absorbed": 0, "stock": 0}
 
@@ -131,20 +132,67 @@ def test_a_copy_of_a_fused_model_uses_its_own_parameters():
     assert not torch.allclose(twin(x)[0], module(x)[0])
 
 
-def test_our_own_modules_have_the_right_structure():
-    module = vr.BoxGuidedCompression(WIDTH)
-    assert list(vr.fuse(module).fused) == ["cross_attn"]
+def test_shallow_copies_and_replicas_use_their_own_parameters():
+    module = randomise(nn.MultiheadAttention(WIDTH, HEADS, batch_first=True))
+    vr.fuse(module)
+    query, x = torch.randn(1, 2, WIDTH, dtype=torch.float64), torch.randn(1, 9, WIDTH, dtype=torch.float64)
+    for twin in (copy.copy(module), module._replicate_for_data_parallel()):
+        twin._parameters = {
+            name: None if p is None else nn.Parameter(torch.zeros_like(p)) for name, p in module._parameters.items()
+        }
+        assert not torch.allclose(twin(query, x, x)[0], module(query, x, x)[0])
 
 
-def test_compiles_in_one_graph():
+def test_a_fused_model_survives_a_pickle():
+    module = randomise(Resampler())
+    vr.fuse(module)
+    x = torch.randn(2, 9, WIDTH, dtype=torch.float64)
+    torch.testing.assert_close(pickle.loads(pickle.dumps(module))(x), module(x))
+
+
+def test_gradient_of_expanded_queries_that_are_a_leaf():
+    attention = randomise(nn.MultiheadAttention(WIDTH, HEADS, batch_first=True))
+    query = torch.randn(1, 2, WIDTH, dtype=torch.float64).expand(3, -1, -1).requires_grad_()
+    x = torch.randn(3, 9, WIDTH, dtype=torch.float64)
+    (expected,) = torch.autograd.grad(attention(query, x, x)[0].square().sum(), query)
+    vr.fuse(attention)
+    (got,) = torch.autograd.grad(attention(query, x, x)[0].square().sum(), query)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+
+
+def test_a_decoder_layer_keeps_its_masked_self_attention():
+    layer = nn.TransformerDecoderLayer(WIDTH, HEADS, dim_feedforward=16, dropout=0.0, batch_first=True).double()
+    target, memory = torch.randn(2, 4, WIDTH, dtype=torch.float64), torch.randn(2, 30, WIDTH, dtype=torch.float64)
+    mask = nn.Transformer.generate_square_subsequent_mask(4, dtype=torch.float64)
+    expected = layer(target, memory, tgt_mask=mask)
+    handle = vr.fuse(layer)
+    torch.testing.assert_close(layer(target, memory, tgt_mask=mask), expected, rtol=0, atol=1e-12)
+    assert handle.calls == {"self_attn": {"absorbed": 0, "stock": 1}, "multihead_attn": {"absorbed": 1, "stock": 0}}
+
+
+def test_inference_mode_with_two_views():
+    attention = randomise(nn.MultiheadAttention(WIDTH, HEADS))
+    query, x = torch.randn(2, 1, WIDTH, dtype=torch.float64), torch.randn(1, 9, WIDTH, dtype=torch.float64)
+    with torch.inference_mode():
+        expected = attention(query, x.transpose(0, 1), x.transpose(0, 1))[0]
+        vr.fuse(attention)
+        torch.testing.assert_close(attention(query, x.transpose(0, 1), x.transpose(0, 1))[0], expected)
+
+
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_compiles_with_and_without_asking_for_one_graph(fullgraph):
     torch._dynamo.reset()
     module = randomise(Resampler())
     x = torch.randn(2, 9, WIDTH, dtype=torch.float64)
     expected = module(x)
     vr.fuse(module)
-    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
-    for a, b in zip(compiled(x), expected):
+    for a, b in zip(torch.compile(module, backend="aot_eager", fullgraph=fullgraph)(x), expected):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_our_own_modules_have_the_right_structure():
+    module = vr.BoxGuidedCompression(WIDTH)
+    assert list(vr.fuse(module).fused) == ["cross_attn"]
 
 
 @pytest.mark.real_costs
@@ -177,7 +225,7 @@ def test_fusing_twice_and_partial_refusal():
     module = nn.ModuleDict({"a": nn.MultiheadAttention(8, 2), "b": nn.MultiheadAttention(8, 2, dropout=0.5)})
     handle = vr.fuse(module)
     assert list(handle.fused) == ["a"] and "dropout" in handle.refused["b"]
-    with pytest.raises(ValueError, match="fused twice"):
+    with pytest.raises(ValueError, match="fused already"):
         vr.fuse(module)
 
 
@@ -192,7 +240,8 @@ def test_fusing_twice_and_partial_refusal():
             lambda a, q, x: a(q, x, x, key_padding_mask=torch.ones(1, 5, dtype=torch.bool)),
             r"no key in batch rows \[0\]",
         ),
-        (lambda a, q, x: a(q[0], x, x), "expected 2-D or 3-D alike"),
+        (lambda a, q, x: a(q, x, x, key_padding_mask=torch.zeros(5, 1).bool()), r"expected \(1, 5\), got \(5, 1\)"),
+        (lambda a, q, x: a(q, *[x.expand(3, -1, -1)] * 2), "expected one batch size, got 1, 3"),
     ],
 )
 def test_calls_that_cannot_be_honoured_are_refused(call, message):

@@ -165,3 +165,24 @@ def test_reset_parameters_overwrites_every_value(kind):
 def test_bad_arguments_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("region", ["window", "roi_align"])
+def test_low_precision_boxes_and_a_batch_without_boxes(region):
+    module = teacher(region).bfloat16()
+    x = tokens(dtype=torch.bfloat16)
+    assert module(x, GRIDS, BOXES.bfloat16(), BOX_IMAGE).shape == (4, QUERIES, WIDTH)
+    module(x, GRIDS, torch.zeros(0, 4), []).sum().backward()
+    assert all(parameter.grad is not None for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("impl", ["auto", "torch"])
+def test_a_backward_inside_autocast_is_the_one_outside(impl):
+    module = DynamicAutoregressiveCompression(WIDTH, 2, impl=impl)
+    x, probes = tokens(dtype=torch.float32), torch.randn(4, QUERIES, WIDTH)
+    grads = []
+    for inside in (True, False):
+        loss = module(probes, x, GRIDS, BOX_IMAGE).square().sum()
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            grads.append(torch.autograd.grad(loss, module.cross_attn.in_proj_weight)[0])
+    assert torch.equal(*grads)

@@ -9,16 +9,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import partial
 
 import numpy as np
 import torch
 from torch import nn
 
 from .ops import AttentionWeights, RegionPlan, cost_model, image_plan, region_attention, resample
-from .ops.dispatch import fastest
-from .ops.regions import rect_plan
-from .ops.resample import autocast_values, merge_box_heads
+from .ops.dispatch import IMPLEMENTATIONS, fastest
+from .ops.regions import autocast_values, rect_plan
+from .ops.resample import merge_box_heads
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +39,9 @@ class FusedHandle:
     def undo(self) -> None:
         """Give every module its own forward back; calling it twice does nothing more."""
         for module in self.fused.values():
-            module.__dict__.pop("forward", None)
+            if type(module) is FusedMultiheadAttention:
+                module.__class__ = nn.MultiheadAttention
+                del module._fused_calls, module._fused_impl
 
     def __enter__(self) -> FusedHandle:
         return self
@@ -69,6 +70,8 @@ def fuse(model: nn.Module, impl: str = "auto") -> FusedHandle:
             module's own forward: an `attn_mask`, or keys and values that differ (as rotary embedding or key
             normalisation would make them), which the absorbed form cannot honour.
     """
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl: expected one of {IMPLEMENTATIONS}, got {impl!r}")
     fused, refused = {}, {}
     for name, module in model.named_modules():
         if not isinstance(module, nn.MultiheadAttention):
@@ -87,20 +90,23 @@ def fuse(model: nn.Module, impl: str = "auto") -> FusedHandle:
     handle = FusedHandle(fused, refused)
     for name, module in fused.items():
         handle.calls[name] = {"absorbed": 0, "stock": 0}
-        module.forward = partial(fused_forward, module, handle.calls[name], impl)
+        module._fused_calls, module._fused_impl = handle.calls[name], impl
+        module.__class__ = FusedMultiheadAttention
     logger.info("fused %s; left alone: %s", sorted(fused), refused or "nothing")
     return handle
 
 
 def why_not_fused(module: nn.MultiheadAttention) -> str:
     """Why this attention cannot be swapped without changing its result; an empty string when it can."""
+    if type(module) is FusedMultiheadAttention:
+        return "it is fused already; undo the first handle"
     if type(module) is not nn.MultiheadAttention:
         return (
             f"{type(module).__name__} is a subclass with its own rules; rotary embedding or a norm on queries and keys "
             "could not be absorbed"
         )
     if "forward" in module.__dict__:
-        return "its forward was already replaced on the instance (fused twice? undo the first handle)"
+        return "its forward was replaced on the instance; restore it first"
     if module.dropout:
         return f"dropout={module.dropout} acts on attention weights, which are never made per head in one piece; set 0"
     if module.add_zero_attn:
@@ -112,48 +118,69 @@ def why_not_fused(module: nn.MultiheadAttention) -> str:
     return ""
 
 
-def fused_forward(
-    module: nn.MultiheadAttention,
-    calls: dict[str, int],
-    impl: str,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    key_padding_mask: torch.Tensor | None = None,
-    need_weights: bool = True,
-    attn_mask: torch.Tensor | None = None,
-    average_attn_weights: bool = True,
-    is_causal: bool = False,
-):
-    """`nn.MultiheadAttention.forward`, absorbed. Shapes as in PyTorch's documentation."""
-    refuse_call(query, key, value, key_padding_mask, attn_mask, is_causal)
-    stock = partial(
-        nn.MultiheadAttention.forward, module, query, key, value,
-        key_padding_mask=key_padding_mask, need_weights=need_weights, average_attn_weights=average_attn_weights,
-    )  # fmt: skip
-    batched = query.dim() == 3
-    query_BQE, key_BND = (x if batched else x[None] for x in (query, key))
-    if batched and not module.batch_first:
-        query_BQE, key_BND = query_BQE.transpose(0, 1), key_BND.transpose(0, 1)
-    shared = query_BQE.shape[0] == 1 or query_BQE.stride(0) == 0
-    if (need_weights and not average_attn_weights) or not absorbing_pays(module, query_BQE, key_BND, shared, impl):
-        calls["stock"] += 1
-        return stock()
-    calls["absorbed"] += 1
-    batch, keys, width = key_BND.shape
-    # Padded keys are never read, so they need not be zero.
-    mask_BN = None if key_padding_mask is None else key_padding_mask.view(batch, keys)
-    tokens = key_BND.reshape(batch * keys, width)
-    plan, kept = padded_plan(tokens, batch, keys, mask_BN)
-    tokens = tokens if kept is None else tokens[kept]
-    out, maps_SQ = attend(module, query_BQE[:1] if shared else query_BQE, tokens, plan, impl, need_weights)
-    weights = None if maps_SQ is None else unpack_maps(maps_SQ, batch, keys, plan, mask_BN)
-    if not batched:
-        return out[0], None if weights is None else weights[0]
-    return out if module.batch_first else out.transpose(0, 1), weights
+class FusedMultiheadAttention(nn.MultiheadAttention):
+    """What an instance becomes while it is fused: the same parameters, another forward. `undo` changes it back.
+
+    A class of its own, so that copies, replicas and pickles of a fused module use their own parameters.
+    """
+
+    _fused_calls: dict[str, int]
+    _fused_impl: str
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        key_padding_mask: torch.Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: torch.Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ):
+        """`nn.MultiheadAttention.forward`, absorbed where that pays. Shapes as in PyTorch's documentation."""
+        batched = query.dim() == 3
+        per_head = need_weights and not average_attn_weights
+        if query is key or query.dim() != key.dim() or per_head or not absorbing_pays(self, query, key):
+            self._fused_calls["stock"] += 1
+            return super().forward(
+                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            )
+        refuse_call(query, key, value, attn_mask, is_causal)
+        query_BQE, key_BND = (batch_first(self, x) for x in (query, key))
+        mask_BN = check_mask(key_padding_mask, key_BND, batched)
+        if query_BQE.shape[0] != key_BND.shape[0]:
+            raise ValueError(f"query and key: expected one batch size, got {query_BQE.shape[0]}, {key_BND.shape[0]}")
+        self._fused_calls["absorbed"] += 1
+        batch, keys, width = key_BND.shape
+        # Padded keys are never read, so they need not be zero.
+        tokens = key_BND.reshape(batch * keys, width)
+        plan, kept = padded_plan(tokens, batch, keys, mask_BN)
+        tokens = tokens if kept is None else tokens[kept]
+        queries = query_BQE[:1] if is_shared(query, query_BQE) else query_BQE
+        out, maps_SQ = attend(self, queries, tokens, plan, self._fused_impl, need_weights)
+        weights = None if maps_SQ is None else unpack_maps(maps_SQ, batch, keys, plan, mask_BN).to(out.dtype)
+        if not batched:
+            return out[0], None if weights is None else weights[0]
+        return out if self.batch_first else out.transpose(0, 1), weights
 
 
-def refuse_call(query, key, value, key_padding_mask, attn_mask, is_causal: bool) -> None:
+def batch_first(module: nn.MultiheadAttention, values: torch.Tensor) -> torch.Tensor:
+    """`(B, n, D)`, whatever layout the module was called with."""
+    if values.dim() == 2:
+        return values[None]
+    return values if module.batch_first else values.transpose(0, 1)
+
+
+def is_shared(query: torch.Tensor, query_BQE: torch.Tensor) -> bool:
+    """Whether all boxes have the same queries. Expanded ones send their gradient through the first: right in the sum
+    that `expand` takes, so a leaf, whose every entry is looked at, is not shared."""
+    if query_BQE.shape[0] == 1:
+        return True
+    return query_BQE.stride(0) == 0 and not (query.requires_grad and query.is_leaf)
+
+
+def refuse_call(query, key, value, attn_mask, is_causal: bool) -> None:
     fix = "; undo() the handle, or fuse only the modules that are called without it"
     if attn_mask is not None or is_causal:
         raise ValueError(f"a fused attention takes no attn_mask: rows of queries share one softmax range{fix}")
@@ -162,10 +189,18 @@ def refuse_call(query, key, value, key_padding_mask, attn_mask, is_causal: bool)
             "a fused attention needs keys and values to be the same tokens, got two tensors (rotary embedding or a "
             f"norm on the keys only?){fix}"
         )
-    if query.dim() not in (2, 3) or query.dim() != key.dim():
-        raise ValueError(f"query and key: expected 2-D or 3-D alike, got {tuple(query.shape)} and {tuple(key.shape)}")
-    if key_padding_mask is not None and key_padding_mask.dtype != torch.bool:
-        raise ValueError(f"key_padding_mask: expected bool (True = ignore), got {key_padding_mask.dtype}{fix}")
+
+
+def check_mask(mask: torch.Tensor | None, key_BND: torch.Tensor, batched: bool) -> torch.Tensor | None:
+    """The padding mask as `(B, N)` bool."""
+    if mask is None:
+        return None
+    if mask.dtype != torch.bool:
+        raise ValueError(f"key_padding_mask: expected bool (True = ignore), got {mask.dtype}")
+    expected = tuple(key_BND.shape[:2] if batched else key_BND.shape[1:2])
+    if tuple(mask.shape) != expected:
+        raise ValueError(f"key_padding_mask: expected {expected}, got {tuple(mask.shape)}")
+    return mask.view(key_BND.shape[:2])
 
 
 def same_tensor(left: torch.Tensor, right: torch.Tensor) -> bool:
@@ -175,18 +210,20 @@ def same_tensor(left: torch.Tensor, right: torch.Tensor) -> bool:
         and left.shape == right.shape
         and left.stride() == right.stride()
         and left.requires_grad == right.requires_grad
-        and left._base is not None
-        and left._base is right._base
+        and (not left.requires_grad or (left._base is not None and left._base is right._base))
     )
 
 
-def absorbing_pays(module: nn.MultiheadAttention, query_BQE, key_BND, shared: bool, impl: str) -> bool:
-    batch, keys, width = key_BND.shape
-    if query_BQE is key_BND or query_BQE.shape[1] >= keys:
+def absorbing_pays(module: FusedMultiheadAttention, query: torch.Tensor, key: torch.Tensor) -> bool:
+    query_BQE, key_BND = batch_first(module, query), batch_first(module, key)
+    (batch, keys, width), queries = key_BND.shape, query_BQE.shape[1]
+    if queries >= keys:
         return False
-    shape = (batch, shared, query_BQE.shape[1], module.num_heads, width, batch * keys, key_BND.element_size())
+    impl = module._fused_impl
     if impl == "auto":
-        impl = fastest("resample", key_BND.device.type, key_BND.dtype)
+        impl = fastest("resample", key.device.type, key.dtype)
+    shared = query_BQE.shape[0] == 1 or query_BQE.stride(0) == 0
+    shape = (batch, shared, queries, module.num_heads, width, batch * keys, key.element_size())
     return cost_model.absorbed_cost(*shape, impl) <= cost_model.projected_cost(*shape)
 
 

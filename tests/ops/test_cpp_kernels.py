@@ -454,3 +454,31 @@ def disassembly():
     command = ["objdump", "-d", "-C", "--no-show-raw-insn", str(EXTENSION)]
     code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return re.findall(r"^[0-9a-f]+ <(.*)>:\n((?:.+\n)*)", code, re.M)
+
+
+@pytest.mark.parametrize(
+    ("span", "message"),
+    [
+        ([1, 0x5555555555555555, 4, 3, 0], "spans: expected tokens in"),
+        ([0, 2**63 - 1, 3, 3, 0], "spans: expected tokens in"),
+        ([2**63 - 1, 0, 1, 3, 0], "spans: expected tokens in"),
+        ([0, 0, 2**31, 1, 0], "spans: expected tokens in"),
+        ([0, 0, 2**62, 1, 0], "spans: expected tokens in"),
+        ([0, 2, 4, 3, 0], "spans: expected tokens in"),
+    ],
+)
+def test_spans_whose_arithmetic_would_overflow_are_refused(span, message):
+    tokens, rows = torch.randn(20, 16), torch.randn(1, 8, 16)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.vreflection.attend(
+            rows, tokens, torch.tensor([span]), torch.zeros(12, dtype=torch.int32), None, None, 2
+        )
+
+
+def test_no_cells_at_all_are_refused():
+    tokens, rows = torch.randn(20, 16), torch.randn(1, 8, 16)
+    taps = (torch.zeros(2, 1, 0, 4, dtype=torch.int64), torch.zeros(2, 1, 0, 4))
+    with pytest.raises(RuntimeError, match="expected at least one cell and one tap"):
+        torch.ops.vreflection.attend(
+            rows, tokens, torch.tensor([[0, 5, 2, 3, 0]]), torch.zeros(6, dtype=torch.int32), *taps, 2
+        )

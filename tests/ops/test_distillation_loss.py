@@ -80,6 +80,7 @@ def test_low_precision_inputs_give_float32_losses():
         ({"targets": torch.zeros(1, 2, 4)}, r"one \(B, Q, D\)"),
         ({"student_maps": torch.zeros(5, 3)}, r"student_maps: expected \(keys, 2\)"),
         ({"key_index": torch.zeros(3, dtype=torch.int64)}, r"key_index: expected \(5,\)"),
+        ({"key_index": torch.zeros(5)}, "key_index: expected an int64 tensor, got torch.float32"),
         ({"kl_reduction": "max"}, "kl_reduction: expected one of"),
         ({"impl": "cpp"}, "has no cpp implementation"),
     ],

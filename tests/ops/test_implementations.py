@@ -13,6 +13,7 @@ from vreflection.ops import (
     project_context,
     region_attention,
     resample,
+    roi_plan,
 )
 from vreflection.ops import roi_align as roi_align_op
 from vreflection.ops.projected import resample_projected
@@ -281,6 +282,27 @@ def test_autocast_matches_the_stock_dtypes(ragged):
         assert all(g.dtype == torch.float32 for g in torch.autograd.grad(out.float().sum(), leaves))
 
 
+@pytest.mark.parametrize("impl", ["auto", "torch", "cpp", "reference"])
+def test_attention_under_autocast_and_its_backward(ragged, impl):
+    """Autocast casts the inputs, as for a product; a backward inside or outside of it gives the same."""
+    ragged.runnable("region_attention", impl if impl != "auto" else "torch", torch.bfloat16)
+    plan = ragged.plan("roi", ragged.SHAPES["one box"], torch.float32)
+    rows, tokens = draw(6, WIDTH, seed=1, dtype=torch.float32), draw(plan.num_tokens, WIDTH, dtype=torch.float32)
+
+    def run(inside):
+        leaves = [rows.clone().requires_grad_(), tokens.clone().requires_grad_()]
+        with torch.autocast("cpu", torch.bfloat16):
+            context, _ = region_attention(*leaves, plan, HEADS, impl)
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            grads = torch.autograd.grad(context.float().square().sum(), leaves)
+        return context, *grads
+
+    assert run(True)[0].dtype == torch.bfloat16
+    if impl != "reference":
+        for inside, outside in zip(run(True), run(False), strict=True):
+            assert torch.equal(inside, outside)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -292,6 +314,19 @@ def test_autocast_matches_the_stock_dtypes(ragged):
         (lambda r, t, p: region_attention(r, t.long(), p), "expected floating point"),
         (lambda r, t, p: region_attention(r, t, p, impl="fast"), "impl: expected one of"),
         (lambda r, t, p: resample(r, t, p, None, 2), "weights: expected AttentionWeights"),
+        (
+            lambda r, t, p: resample(r, t, p, AttentionWeights(None, None, t, None), 2),
+            "expected four tensors, got none for",
+        ),
+        (
+            lambda r, t, p: resample(r, t, p, AttentionWeights(*[torch.zeros(12, 12)] * 4), 2),
+            r"in_proj_weight: expected \(36, 12\), got \(12, 12\)",
+        ),
+        (lambda r, t, p: region_attention(r, t, p.geometry), "plan: expected a RegionPlan"),
+        (
+            lambda r, t, p: region_attention(r, t, roi_plan(35, [[5, 7]], [[0, 0, 1, 1]], [0], 3)),
+            "need torch.float64 sampling weights, got torch.float32",
+        ),
     ],
 )
 def test_bad_arguments_are_named(ragged, call, message):

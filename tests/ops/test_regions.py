@@ -74,7 +74,10 @@ def test_roi_align_without_boxes():
         (lambda: window_plan(6, [[2, 3]], [[float("nan"), 0, 1, 1]], [0]), r"boxes \[0\] are not finite"),
         (lambda: window_plan(6, [[0, 3]], [], []), "expected positive"),
         (lambda: window_plan(6, [[2, 3]], [[0, 0, 1]], [0]), r"expected shape \(n, 4\)"),
-        (lambda: roi_plan(6, [[2, 3]], [[0, 0, 1, 1]], [0], 0), "output_size: expected at least 1"),
+        (lambda: roi_plan(6, [[2, 3]], [[0, 0, 1, 1]], [0], 0), "output_size: expected a whole number of at least 1"),
+        (lambda: roi_plan(6, [[2, 3]], [[0, 0, 1, 1]], [0], 2, -1), "sampling_ratio: expected samples per cell"),
+        (lambda: window_plan(6, [[2.5, 3]], [], []), "grids: expected whole numbers"),
+        (lambda: image_plan(6, [[2, 3]], [0.5]), "box_image: expected whole numbers"),
         (lambda: roi_align(torch.randn(6, 2), [[2, 3]], [[0, 0, 1, 1]], [0], 2, impl="cuda"), "impl: expected one of"),
     ],
 )

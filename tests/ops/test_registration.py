@@ -141,6 +141,23 @@ def test_modules_compile_in_one_graph():
         torch.testing.assert_close(compiled(*arguments), module(*arguments))
 
 
+@pytest.mark.parametrize("impl", ["torch", "auto"])
+def test_compilation_that_breaks_the_graph_still_works(impl):
+    """Lists as geometry, then no box at all: bodies of operators are not traced where the graph breaks."""
+    from vreflection.modules import BoxGuidedCompression
+
+    torch._dynamo.reset()
+    tokens, _, grids, boxes, box_image = inputs(4, 0)
+    module = BoxGuidedCompression(WIDTH, QUERIES, HEADS, impl=impl)
+    compiled = torch.compile(module, backend="aot_eager")
+    expected = module(tokens, grids, boxes, box_image)
+    torch.testing.assert_close(compiled(tokens, grids.tolist(), boxes.tolist(), box_image.tolist()), expected)
+    torch.testing.assert_close(compiled(tokens, grids, boxes, box_image), expected)
+    assert compiled(tokens, grids, boxes[:0], box_image[:0]).shape == (0, QUERIES, WIDTH)
+    with pytest.raises(ValueError, match="call it outside torch.compile"):
+        compiled(tokens, grids, boxes, box_image, return_attention=True)
+
+
 def test_meta_tensors_of_a_pack_past_two_to_the_31():
     """Shape rules hold where offsets no longer fit 32 bits; nothing is allocated."""
     spans = torch.empty(1, 5, dtype=torch.int64, device="meta")

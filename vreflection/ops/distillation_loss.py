@@ -66,6 +66,8 @@ def distillation_loss(
     for name, maps in (("student_maps", student_maps), ("teacher_maps", teacher_maps)):
         if maps.dim() != 2 or maps.shape[1] != queries:
             raise ValueError(f"{name}: expected (keys, {queries}), got {tuple(maps.shape)}")
+    if not isinstance(key_index, torch.Tensor) or key_index.dtype != torch.int64:
+        raise ValueError(f"key_index: expected an int64 tensor, got {getattr(key_index, 'dtype', type(key_index))}")
     if key_index.shape != teacher_maps.shape[:1]:
         raise ValueError(f"key_index: expected ({teacher_maps.shape[0]},), got {tuple(key_index.shape)}")
     chosen = choose("distillation_loss", impl, latents)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from .cells import tap_matrices
-from .regions import RegionPlan, check_geometry, host_array
+from .regions import RegionPlan, check_boxes_match, check_geometry
 
 
 def _bilinear(image_HWD: torch.Tensor, y: float, x: float) -> torch.Tensor:
@@ -28,7 +28,7 @@ def roi_align_reference(
 ) -> torch.Tensor:
     """`roi_align` written as its definition: for each box, cell and sample, one bilinear look-up."""
     grids, box_image, offsets = check_geometry(tokens.shape[0], grids, box_image)
-    boxes = host_array(boxes, "boxes", (4,), float)
+    boxes = check_boxes_match(boxes, box_image)
     shift = 0.5 if aligned else 0.0
     cells = []
     for box, image in zip(boxes.tolist(), box_image.tolist()):

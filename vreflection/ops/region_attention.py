@@ -14,8 +14,8 @@ import torch
 
 from .cells import rectangle, sample_cells, splat_cells, tap_matrices
 from .dispatch import choose, operator
-from .regions import RegionPlan, check_tokens, row_strided
-from .schemas import LIBRARY, wide_dtype
+from .regions import RegionPlan, autocast_values, check_plan, check_tokens, row_strided
+from .schemas import implement, wide_dtype
 
 
 def attend_torch(rows, tokens, spans, key_box, tap_index, tap_weight, map_heads):
@@ -77,8 +77,18 @@ def softmax_backward(weights: torch.Tensor, grad_weights: torch.Tensor) -> torch
     return product - weights * product.sum(0)
 
 
+def without_autocast(function):
+    """Run an operator's body in the dtypes it is given, whatever surrounds the call or its backward."""
+
+    def run(first, *args):
+        with torch.autocast(first.device.type, enabled=False):
+            return function(first, *args)
+
+    return run
+
+
 for _name, _function in (("attend_torch", attend_torch), ("attend_backward_torch", attend_backward_torch)):
-    LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
+    implement(_name, without_autocast(_function))
 
 
 class _Attend(torch.autograd.Function):
@@ -121,7 +131,8 @@ def region_attention(
 
     Returns:
         context `(B, R, D)` over raw tokens, or `(context, maps)` with maps `(S, R / map_heads)` on the plan's keys
-        (`plan.image_maps` lays them out per image). Differentiable in `query_rows` and `tokens`, maps included.
+        (`plan.image_maps` lays them out per image). Differentiable in `query_rows` and `tokens`, maps included. Under
+        autocast both are cast to the autocast dtype, as for a product.
 
     Raises:
         ValueError: shapes or dtypes disagree, or `impl` cannot run on these tensors.
@@ -129,6 +140,8 @@ def region_attention(
     Source: V-Reflection's compression modules, with the projections absorbed (docs/kernels.md).
     """
     check_tokens(tokens)
+    check_plan(plan, tokens)
+    query_rows, tokens = autocast_values(query_rows, tokens)
     impl = choose("region_attention", impl, tokens)
     rows = check_rows(query_rows, tokens, plan, map_heads)
     if plan.num_boxes == 0:
@@ -151,10 +164,6 @@ def check_rows(query_rows: torch.Tensor, tokens: torch.Tensor, plan: RegionPlan,
             f"query_rows: expected (R, {tokens.shape[1]}) or ({plan.num_boxes}, R, {tokens.shape[1]}), "
             f"got {tuple(query_rows.shape)}"
         )
-    if rows.dtype != tokens.dtype:
-        raise ValueError(f"query_rows and tokens must have one dtype, got {rows.dtype} and {tokens.dtype}")
     if map_heads and (map_heads < 0 or rows.shape[1] % map_heads):
         raise ValueError(f"map_heads: expected a divisor of {rows.shape[1]} rows, got {map_heads}")
-    if plan.num_tokens != tokens.shape[0]:
-        raise ValueError(f"tokens: the plan was made for {plan.num_tokens} packed rows, got {tokens.shape[0]}")
     return rows

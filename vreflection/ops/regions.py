@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .schemas import LIBRARY
+from .schemas import implement, wide_dtype
 
 MERGE_SIZE = 2  # 14-px patches per visual token and axis in the Qwen2-VL family
 
@@ -102,13 +102,20 @@ class RegionPlan:
 
 def host_array(values, name: str, shape_tail: tuple[int, ...], dtype) -> np.ndarray:
     """`values` (tensor, array or list) as a host array of shape `(n, *shape_tail)`; a CUDA tensor costs one sync."""
-    array = values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu()
+        array = (values.double() if values.is_floating_point() else values).numpy()  # numpy has no bfloat16
+    else:
+        array = np.asarray(values)
     if array.size == 0:
         array = array.reshape(0, *shape_tail)
     if array.shape[1:] != shape_tail or array.ndim != 1 + len(shape_tail):
         expected = ", ".join(["n", *map(str, shape_tail)])
         raise ValueError(f"{name}: expected shape ({expected}), got {tuple(array.shape)}")
-    return array.astype(dtype)
+    cast = array.astype(dtype)
+    if np.issubdtype(cast.dtype, np.integer) and (cast != array).any():
+        raise ValueError(f"{name}: expected whole numbers, got {array.tolist()}")
+    return cast
 
 
 def device_tensor(array: np.ndarray, device: torch.device | str) -> torch.Tensor:
@@ -173,6 +180,10 @@ def window_plan(num_tokens: int, grids, boxes, box_image, device: torch.device |
         arguments = traced_geometry(grids, box_image, boxes)
         spans, key_box = torch.ops.vreflection.window_plan(*arguments, num_tokens, str(device))
         return RegionPlan(spans, key_box, num_tokens)
+    return host_window_plan(num_tokens, grids, boxes, box_image, device)
+
+
+def host_window_plan(num_tokens: int, grids, boxes, box_image, device: torch.device | str) -> RegionPlan:
     grids, box_image, offsets = check_geometry(num_tokens, grids, box_image)
     boxes = check_boxes_match(boxes, box_image)
     rects = window_token_rects(boxes, grids[box_image] * MERGE_SIZE)
@@ -185,6 +196,10 @@ def image_plan(num_tokens: int, grids, box_image, device: torch.device | str = "
         arguments = traced_geometry(grids, box_image)
         spans, key_box = torch.ops.vreflection.image_plan(*arguments, num_tokens, str(device))
         return RegionPlan(spans, key_box, num_tokens)
+    return host_image_plan(num_tokens, grids, box_image, device)
+
+
+def host_image_plan(num_tokens: int, grids, box_image, device: torch.device | str) -> RegionPlan:
     grids, box_image, offsets = check_geometry(num_tokens, grids, box_image)
     size = grids[box_image]
     zero = np.zeros(len(box_image), dtype=np.int64)
@@ -215,20 +230,53 @@ def check_tokens(tokens: torch.Tensor, width: int | None = None) -> None:
         raise ValueError(f"tokens: expected floating point, got {tokens.dtype}")
 
 
+def check_plan(plan: RegionPlan, tokens: torch.Tensor) -> None:
+    """Refuse a plan of other tokens, or whose sampling weights do not have the precision these tokens need."""
+    if not isinstance(plan, RegionPlan):
+        raise ValueError(f"plan: expected a RegionPlan (window_plan, image_plan, roi_plan), got {type(plan).__name__}")
+    if plan.spans_B5.device.type != tokens.device.type:
+        raise ValueError(
+            f"plan: made for {plan.spans_B5.device.type}, tokens are on {tokens.device.type}; "
+            "pass device=tokens.device when making it"
+        )
+    if plan.num_tokens != tokens.shape[0]:
+        raise ValueError(f"tokens: the plan was made for {plan.num_tokens} packed rows, got {tokens.shape[0]}")
+    if plan.tap_weight is not None and plan.tap_weight.dtype != wide_dtype(tokens.dtype):
+        needed = wide_dtype(tokens.dtype)
+        raise ValueError(
+            f"plan: {tokens.dtype} tokens need {needed} sampling weights, got {plan.tap_weight.dtype}; "
+            f"make it with roi_plan(..., dtype={needed})"
+        )
+
+
 def row_strided(tokens: torch.Tensor) -> torch.Tensor:
     """Tokens whose channels are adjacent, which is all the kernels ask; anything else is copied."""
     return tokens if tokens.stride(1) == 1 else tokens.contiguous()
 
 
 def _traced_window_plan(grids, box_image, boxes, num_tokens, device):
-    plan = window_plan(num_tokens, grids, boxes, box_image, device)
+    plan = host_window_plan(num_tokens, grids, boxes, box_image, device)
     return plan.spans_B5, plan.key_box_S
 
 
 def _traced_image_plan(grids, box_image, num_tokens, device):
-    plan = image_plan(num_tokens, grids, box_image, device)
+    plan = host_image_plan(num_tokens, grids, box_image, device)
     return plan.spans_B5, plan.key_box_S
 
 
-LIBRARY.impl("window_plan", _traced_window_plan, "CompositeExplicitAutograd")
-LIBRARY.impl("image_plan", _traced_image_plan, "CompositeExplicitAutograd")
+implement("window_plan", _traced_window_plan)
+implement("image_plan", _traced_image_plan)
+
+
+def autocast_values(*values: torch.Tensor) -> list[torch.Tensor]:
+    """Everything in the autocast dtype when autocast is on; otherwise one dtype is asked for."""
+    device = values[0].device.type
+    if torch.is_autocast_enabled(device) and values[0].dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        return [value.to(dtype) for value in values]
+    dtypes = {str(value.dtype) for value in values}
+    if len(dtypes) > 1:
+        raise ValueError(
+            f"queries, tokens and weights must have one dtype, got {sorted(dtypes)}; cast them, or use torch.autocast"
+        )
+    return list(values)

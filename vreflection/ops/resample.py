@@ -22,7 +22,8 @@ import torch.nn.functional as F
 
 from . import cost_model
 from .dispatch import choose, operator
-from .regions import RegionPlan, check_tokens, row_strided
+from .regions import RegionPlan, autocast_values, check_plan, check_tokens, row_strided
+from .schemas import wide_dtype
 from .skinny import matmul, matmul_transposed, outer
 
 
@@ -117,6 +118,11 @@ class _Resample(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out, grad_maps):
+        with torch.autocast(grad_out.device.type, enabled=False):  # a backward may run inside autocast, or not
+            return _Resample.gradients(ctx, grad_out, grad_maps)
+
+    @staticmethod
+    def gradients(ctx, grad_out, grad_maps):
         (
             queries, tokens, in_weight, out_weight, q_HMA, rows, context_HND, values_ND, weights, cells,
             spans, key_box, tap_index, tap_weight,
@@ -190,16 +196,18 @@ def resample(
     Raises:
         ValueError: shapes or dtypes disagree, or `impl` cannot run on these tensors.
     """
-    if not isinstance(weights, AttentionWeights):
-        raise ValueError(f"weights: expected AttentionWeights, got {type(weights).__name__}")
+    check_weights(weights)
     check_tokens(tokens, weights.out_proj_weight.shape[0])
+    check_plan(plan, tokens)
     queries = check_queries(queries, tokens, plan, heads)
     queries, tokens, *cast = autocast_values(queries, tokens, *weights)
     weights = AttentionWeights(*cast)
     chosen = choose("resample", impl, tokens)
     if plan.num_boxes == 0:
-        out = tokens.new_zeros(0, *queries.shape[1:])
-        return (out, tokens.new_zeros(0, queries.shape[1])) if return_maps else out
+        # Connected to everything, so that a rank without boxes still takes part in gradient reduction.
+        zero = sum(value.reshape(-1)[:0].sum() for value in (queries, tokens, *weights))
+        out = tokens.new_zeros(0, *queries.shape[1:]) + zero
+        return (out, out.new_zeros(0, queries.shape[1], dtype=wide_dtype(out.dtype))) if return_maps else out
     if chosen == "reference":
         from .reference import resample_reference
 
@@ -217,28 +225,25 @@ def resample(
     return (out, maps) if return_maps else out
 
 
+def check_weights(weights: AttentionWeights) -> None:
+    if not isinstance(weights, AttentionWeights):
+        raise ValueError(f"weights: expected AttentionWeights, got {type(weights).__name__}")
+    if any(not isinstance(weight, torch.Tensor) for weight in weights):
+        missing = [name for name, weight in weights._asdict().items() if not isinstance(weight, torch.Tensor)]
+        raise ValueError(f"weights: expected four tensors, got none for {missing}; take zeros where there is no bias")
+    width = weights.out_proj_weight.shape[-1]
+    expected = ((3 * width, width), (3 * width,), (width, width), (width,))
+    for (name, weight), shape in zip(weights._asdict().items(), expected):
+        if tuple(weight.shape) != shape:
+            raise ValueError(f"{name}: expected {shape}, got {tuple(weight.shape)}")
+
+
 def check_queries(queries: torch.Tensor, tokens: torch.Tensor, plan: RegionPlan, heads: int) -> torch.Tensor:
     """`queries` as `(1 or B, Q, D)`."""
     width = tokens.shape[1]
     given, queries = tuple(queries.shape), queries[None] if queries.dim() == 2 else queries
     if queries.dim() != 3 or queries.shape[2] != width or queries.shape[0] not in (1, plan.num_boxes):
         raise ValueError(f"queries: expected (Q, {width}) or ({plan.num_boxes}, Q, {width}), got {given}")
-    if plan.num_tokens != tokens.shape[0]:
-        raise ValueError(f"tokens: the plan was made for {plan.num_tokens} packed rows, got {tokens.shape[0]}")
     if heads < 1 or width % heads:
         raise ValueError(f"heads: expected a divisor of the width {width}, got {heads}")
     return queries
-
-
-def autocast_values(*values: torch.Tensor) -> list[torch.Tensor]:
-    """Everything in the autocast dtype when autocast is on; otherwise one dtype is asked for."""
-    device = values[0].device.type
-    if torch.is_autocast_enabled(device) and values[0].dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-        return [value.to(dtype) for value in values]
-    dtypes = {str(value.dtype) for value in values}
-    if len(dtypes) > 1:
-        raise ValueError(
-            f"queries, tokens and weights must have one dtype, got {sorted(dtypes)}; cast them, or use torch.autocast"
-        )
-    return list(values)

@@ -19,7 +19,7 @@ from .regions import (
     row_strided,
     traced_geometry,
 )
-from .schemas import LIBRARY, wide_dtype
+from .schemas import implement, wide_dtype
 
 
 def _axis_taps(
@@ -49,6 +49,13 @@ def _axis_taps(
     return index, weight
 
 
+def check_sampling(output_size: int, sampling_ratio: int) -> None:
+    if not isinstance(output_size, int) or output_size < 1:
+        raise ValueError(f"output_size: expected a whole number of at least 1, got {output_size!r}")
+    if not isinstance(sampling_ratio, int) or sampling_ratio < 0:
+        raise ValueError(f"sampling_ratio: expected samples per cell and axis, or 0 (adaptive), got {sampling_ratio!r}")
+
+
 def _pad_taps(taps: np.ndarray, count: int) -> np.ndarray:
     return np.pad(taps, ((0, 0), (0, 0), (0, count - taps.shape[-1])))
 
@@ -68,13 +75,18 @@ def roi_plan(
 
     `dtype` is that of the tap weights: float32, or float64 for float64 tokens.
     """
-    if output_size < 1:
-        raise ValueError(f"output_size: expected at least 1, got {output_size}")
+    check_sampling(output_size, sampling_ratio)
     settings = (output_size, sampling_ratio, aligned)
     if torch.compiler.is_compiling():
         arguments = traced_geometry(grids, box_image, boxes)
         plan = torch.ops.vreflection.roi_plan(*arguments, num_tokens, *settings, dtype == torch.float64, str(device))
         return RegionPlan(plan[0], plan[1], num_tokens, plan[2], plan[3])
+    return host_roi_plan(num_tokens, grids, boxes, box_image, *settings, device, dtype)
+
+
+def host_roi_plan(
+    num_tokens: int, grids, boxes, box_image, output_size: int, sampling_ratio: int, aligned: bool, device, dtype
+) -> RegionPlan:
     grids, box_image, offsets = check_geometry(num_tokens, grids, box_image)
     boxes = check_boxes_match(boxes, box_image)
     size = grids[box_image]
@@ -101,18 +113,20 @@ def roi_align_torch(tokens, spans, tap_index, tap_weight) -> torch.Tensor:
     """Plain form of the operator `roi_align`, box by box."""
     host = spans.tolist()
     out = tokens.new_empty(len(host), tap_index.shape[2] ** 2, tokens.shape[1])
-    for box, span in enumerate(host):
-        maps = tap_matrices(host, tap_index, tap_weight, box)
-        out[box] = sample_cells(rectangle(tokens, span).to(tap_weight.dtype), *maps)
+    with torch.autocast(tokens.device.type, enabled=False):
+        for box, span in enumerate(host):
+            maps = tap_matrices(host, tap_index, tap_weight, box)
+            out[box] = sample_cells(rectangle(tokens, span).to(tap_weight.dtype), *maps)
     return out
 
 
 def roi_align_backward_torch(grad, spans, tap_index, tap_weight, num_tokens) -> torch.Tensor:
     host = spans.tolist()
     out = tap_weight.new_zeros(num_tokens, grad.shape[2])
-    for box, span in enumerate(host):
-        maps = tap_matrices(host, tap_index, tap_weight, box)
-        rectangle(out, span).add_(splat_cells(grad[box].to(tap_weight.dtype), *maps))
+    with torch.autocast(grad.device.type, enabled=False):
+        for box, span in enumerate(host):
+            maps = tap_matrices(host, tap_index, tap_weight, box)
+            rectangle(out, span).add_(splat_cells(grad[box].to(tap_weight.dtype), *maps))
     return out.to(grad.dtype)
 
 
@@ -120,7 +134,7 @@ def _traced_roi_plan(
     grids, box_image, boxes, num_tokens, output_size, sampling_ratio, aligned, float64, device
 ):  # fmt: skip
     dtype = torch.float64 if float64 else torch.float32
-    plan = roi_plan(num_tokens, grids, boxes, box_image, output_size, sampling_ratio, aligned, device, dtype)
+    plan = host_roi_plan(num_tokens, grids, boxes, box_image, output_size, sampling_ratio, aligned, device, dtype)
     return plan.geometry
 
 
@@ -129,7 +143,7 @@ for _name, _function in (
     ("roi_align_backward_torch", roi_align_backward_torch),
     ("roi_plan", _traced_roi_plan),
 ):
-    LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
+    implement(_name, _function)
 
 
 class _RoIAlign(torch.autograd.Function):
@@ -184,6 +198,7 @@ def roi_align(
     if impl == "reference":
         from .reference import roi_align_reference
 
+        check_sampling(output_size, sampling_ratio)
         return roi_align_reference(tokens, grids, boxes, box_image, output_size, sampling_ratio, aligned)
     plan = roi_plan(
         tokens.shape[0], grids, boxes, box_image, output_size, sampling_ratio, aligned,

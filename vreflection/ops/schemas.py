@@ -8,6 +8,9 @@ Geometry arguments, all from `regions.RegionPlan`: `spans (B, 5)` int64 `[first,
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+
 import torch
 
 LIBRARY = torch.library.Library("vreflection", "DEF")
@@ -48,6 +51,17 @@ SKINNY_SCHEMAS = {
     "skinny_nn": "(Tensor x, Tensor w) -> Tensor",
     "skinny_tn": "(Tensor(a!) out, Tensor a, Tensor b) -> ()",
 }
+
+
+def implement(name: str, function: Callable) -> None:
+    """Register a Python body for every device, and keep `torch.compile` from tracing into it where its graph breaks."""
+
+    def body(*args):
+        if "torch._dynamo" not in sys.modules:  # nothing compiles in this process; importing it takes a second
+            return function(*args)
+        return torch._dynamo.disable(function)(*args)
+
+    LIBRARY.impl(name, body, "CompositeExplicitAutograd")
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
