@@ -11,8 +11,9 @@ if TYPE_CHECKING:
 
     from .regions import RegionPlan
 
-# Flops a CPU does in the time it reads one byte: measured 100 to 170 GFLOP/s against 31 GB/s on two cores.
-FLOPS_PER_BYTE = 5.0
+# Flops a CPU does in the time it reads one byte: on two cores 100 to 170 GFLOP/s in float32 and 260 to 340 in bfloat16,
+# against 31 GB/s.
+FLOPS_PER_BYTE, FLOPS_PER_BYTE_16BIT = 5.0, 10.0
 # A library's product of few rows with a float32 weight reads it at half the speed of ours; with a 16-bit weight it is
 # as fast (docs/measured-facts.md, "Few rows against a weight").
 LIBRARY_PENALTY, LIBRARY_PENALTY_16BIT = 2.0, 1.0
@@ -25,27 +26,28 @@ def absorbed_cost(
     before, after = queries if shared else boxes * queries, boxes * queries
     penalty = 1.0 if ours(after, impl) else _library_penalty(itemsize)
     weights = sum(
-        _product(4 * vectors * width * width, penalty * 2 * width * width * itemsize) for vectors in (before, after)
+        _product(4 * vectors * width * width, penalty * 2 * width * width * itemsize, itemsize)
+        for vectors in (before, after)
     )
-    return weights + _product(4 * heads * queries * keys * width, 2 * keys * width * itemsize)
+    return weights + _product(4 * heads * queries * keys * width, 2 * keys * width * itemsize, itemsize)
 
 
 def projected_cost(boxes: int, shared: bool, queries: int, heads: int, width: int, keys: int, itemsize: int) -> float:
     """The same for the stock form: every key through W_k and W_v, queries through W_q and W_o."""
     before, after = queries if shared else boxes * queries, boxes * queries
     weight = _library_penalty(itemsize) * width * width * itemsize
-    thin = sum(_product(2 * vectors * width * width, weight) for vectors in (before, after))
-    project = _product(4 * keys * width * width, 2 * weight)
+    thin = sum(_product(2 * vectors * width * width, weight, itemsize) for vectors in (before, after))
+    project = _product(4 * keys * width * width, 2 * weight, itemsize)
     # Keys and values are written, then read by the attention.
-    return thin + project + _product(4 * queries * keys * width, 6 * keys * width * itemsize)
+    return thin + project + _product(4 * queries * keys * width, 6 * keys * width * itemsize, itemsize)
 
 
 def _library_penalty(itemsize: int) -> float:
     return LIBRARY_PENALTY_16BIT if itemsize == 2 else LIBRARY_PENALTY
 
 
-def _product(flops: float, size: float) -> float:
-    return max(flops / FLOPS_PER_BYTE, size)
+def _product(flops: float, size: float, itemsize: int) -> float:
+    return max(flops / (FLOPS_PER_BYTE_16BIT if itemsize == 2 else FLOPS_PER_BYTE), size)
 
 
 def prefers_projected(plan: RegionPlan, queries: torch.Tensor, heads: int, impl: str) -> bool:
