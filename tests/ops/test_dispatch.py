@@ -65,6 +65,7 @@ def test_explanation_names_the_choice_and_what_was_passed_over(without_extension
     assert set(told) == set(dispatch.OPERATORS)
     assert told["resample"].startswith("torch; not triton: triton runs on CUDA")
     assert "not cpp: the C++ extension was not built" in told["resample"]
+    assert told["distillation_loss"].endswith("plainer, on request: reference")
 
 
 def test_choice_is_logged_once(without_extension, caplog):

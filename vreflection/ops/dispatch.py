@@ -28,7 +28,7 @@ OPERATORS = {
     "roi_align": ("triton", "cpp", "torch", "reference"),
     "region_attention": ("triton", "cpp", "torch", "reference"),
     "probe_attention": ("triton", "cpp", "torch", "reference"),
-    "resample": ("triton", "cpp", "torch", "projected", "reference"),
+    "resample": ("triton", "cpp", "torch", "reference"),
     "distillation_loss": ("triton", "torch", "reference"),
 }
 DEVICE_MODULES = {
@@ -139,13 +139,14 @@ def device_function(name: str):
 
 
 def explain(device: str, dtype: torch.dtype) -> dict[str, str]:
-    """For every operator, what `"auto"` takes on this device and why the faster ones are not taken."""
+    """For every operator, what `"auto"` takes on this device and why not the others."""
     told = {}
     for op in OPERATORS:
         chosen = fastest(op, device, dtype)
         passed_over = OPERATORS[op][: OPERATORS[op].index(chosen)]
         reasons = [f"not {impl}: {why_not(op, impl, device, dtype) or 'only on request'}" for impl in passed_over]
-        told[op] = "; ".join([chosen, *reasons])
+        plainer = OPERATORS[op][OPERATORS[op].index(chosen) + 1 :]
+        told[op] = "; ".join([chosen, *reasons, f"plainer, on request: {', '.join(plainer)}"])
     return told
 
 

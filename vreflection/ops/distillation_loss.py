@@ -48,7 +48,8 @@ def distillation_loss(
             No gradient flows to it from the triton implementation: it refuses teacher maps that ask for one.
         key_index: `(K,)` int64, the student's key of each teacher key, without repeats (`RegionPlan.keys_in`).
         kl_reduction: `"sum_queries"`, or `"mean_queries"`, which divides by Q as well.
-        impl: `"auto"`, `"reference"`, `"torch"` or `"triton"`.
+        impl: `"auto"`, `"reference"`, `"torch"` or `"triton"`; the plain formula is both
+            reference and torch.
 
     Returns:
         `(mse, kl)`: float32 scalars (float64 for float64 inputs); zero, still connected, without boxes.
