@@ -1,13 +1,14 @@
 // `measure_copy`: a plain device copy at full memory width. Benchmarks divide by its time, so that the ceiling they
 // report was measured on the same device in the same run.
 #include <cstdint>
-#include <dlfcn.h>
 
 #include <cuda_runtime.h>
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
+
+#include "cuda_calls.h"
 
 namespace vreflection {
 namespace {
@@ -32,20 +33,6 @@ __global__ void __launch_bounds__(kThreads)
   for (; i < count; i += step) __stcs(to + i, __ldcs(from + i));
 }
 
-void check_cuda(cudaError_t code) { STD_TORCH_CHECK(code == cudaSuccess, "CUDA: ", cudaGetErrorString(code)); }
-
-// The shim lives in a library that a CPU-only torch lacks, so it is looked up when it is needed, not when linking.
-cudaStream_t current_stream(int32_t device) {
-  using Shim = int32_t (*)(int32_t, void**);
-  static const Shim shim = [] {
-    void* library = dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_NOLOAD);
-    return library ? reinterpret_cast<Shim>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
-  }();
-  void* stream = nullptr;
-  STD_TORCH_CHECK(shim != nullptr && shim(device, &stream) == 0, "measure_copy: torch gave no current CUDA stream");
-  return static_cast<cudaStream_t>(stream);
-}
-
 // Copies the bytes of `src` to `dst`, on the current stream.
 void measure_copy(Tensor dst, Tensor src) {
   const int64_t bytes = src.numel() * int64_t(src.element_size());
@@ -62,10 +49,10 @@ void measure_copy(Tensor dst, Tensor src) {
   const int32_t device = src.get_device();
   const torch::stable::accelerator::DeviceGuard guard(device);
   int processors = 0;
-  check_cuda(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+  check_cuda(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
   copy_kernel<<<processors * kBlocksPerProcessor, kThreads, 0, current_stream(device)>>>(
       reinterpret_cast<const uint4*>(from), reinterpret_cast<uint4*>(to), bytes / 16);
-  check_cuda(cudaGetLastError());
+  check_cuda(cudaGetLastError(), "measure_copy: launch");
 }
 
 }  // namespace
