@@ -238,13 +238,17 @@ def test_warm_up_calls_start_from_the_same_state(cuda):
     assert seen == [(0, 1), (0, 1)]
 
 
-def test_a_failed_capture_leaves_state_stream_and_pool(cuda):
+@pytest.mark.parametrize("recorded_before", [False, True])
+def test_a_failed_capture_leaves_state_and_stream_but_not_the_pool(cuda, recorded_before):
     program, tier, here = Counter(cuda), GraphTier(), cuda.current
+    if recorded_before:
+        tier.record(Counter(cuda, key="before"))
+        cuda.captures.clear()
     cuda.fail_capture = True
     with pytest.raises(ValueError, match="not permitted") as caught:
         tier.run(program, 3)
     assert "'counter'" in caught.value.__notes__[0]
-    assert int(program.value) == 0 and cuda.current is here and not tier.captured
+    assert int(program.value) == 0 and cuda.current is here and "counter" not in tier.captured
     cuda.fail_capture = False
     tier.run(program, 3)
     assert int(program.value) == 3

@@ -157,7 +157,7 @@ class GraphTier:
             try:
                 known = self._recordings[key] = self._capture(program, addresses)
             except Exception as error:
-                self._leave_empty_pool()
+                self._given_pool = self._pool = None  # torch may still be recording into it
                 error.add_note(f"while capturing the decode program {key!r}")
                 raise
         if known.addresses != addresses:
