@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import GenerationConfig, Qwen2_5_VLForConditionalGeneration
 
-import vreflection.model.generation as generation
+from vreflection.engine import decoder as engine
+from vreflection.engine.cache import KVCache
 from vreflection.errors import ConfigError
 
 IMAGES = ([(2, 3)], [], [(1, 2), (3, 2)], [(4, 4)])
@@ -190,29 +191,19 @@ def test_training_on_the_decoded_sequence_sees_the_same_probes(tiny):
 
 def test_growing_the_cache_changes_nothing(tiny, monkeypatch):
     model, batch = lively(tiny, "stage2", seed=0), prompt(tiny, [0, 1, 2, 3], opened=(0,))
-    allocations = []
-    allocate = generation.ModelStep.allocate
-    monkeypatch.setattr(generation.ModelStep, "allocate", lambda s, n: (allocations.append(n), allocate(s, n))[1])
+    lengths = []
+    grow = KVCache.grow
+    monkeypatch.setattr(KVCache, "grow", lambda cache, n: (lengths.append(n), grow(cache, n))[1])
     results, grown = [], []
-    for bucket in (1, 4, 1024):
-        allocations.clear()
-        monkeypatch.setattr(generation, "CACHE_STEP", bucket)
+    for step in (1, 4, 1024):
+        lengths.clear()
+        monkeypatch.setattr(engine, "COLUMN_STEP", step)
         results.append(full(model, batch, max_new_tokens=25))
-        grown.append(len(allocations))
-    assert grown[0] > 1 and grown[1] > 1 and grown[2] == 1
+        grown.append(len(lengths))
+    assert grown[0] > 2 and grown[1] > 1 and grown[2] == 0
     for other in results[:2]:
         assert torch.equal(other.sequences, results[2].sequences)
         torch.testing.assert_close(other.step_hidden, results[2].step_hidden, rtol=1e-4, atol=1e-4)
-
-
-def test_a_cache_filled_to_the_last_place(tiny, monkeypatch):
-    model, batch = lively(tiny, "sft"), prompt(tiny, [1])
-    monkeypatch.setattr(generation, "CACHE_STEP", 1)
-    settings = {"max_new_tokens": 9, "eos_token_id": 300}
-    short = full(model, batch, **settings)
-    monkeypatch.setattr(generation, "CACHE_STEP", 256)
-    torch.testing.assert_close(short.step_hidden, full(model, batch, **settings).step_hidden, rtol=1e-4, atol=1e-4)
-    assert short.step_hidden.shape[1] == 9
 
 
 def test_clean_is_parity_with_the_ghosts_hidden(tiny):
@@ -291,7 +282,10 @@ def test_filler_slots_consume_the_slot_embedding(tiny):
         inputs_embeds=model.get_input_embeddings()(ids), use_cache=False
     ).last_hidden_state
     new = output.step_hidden.shape[1]
-    torch.testing.assert_close(output.step_hidden[1], plain[0, -new - 1 : -1], rtol=1e-4, atol=1e-4)
+    own = new_tokens(output, batch)[1].tolist().index(tiny.PAD)
+    assert own < new and not output.step_hidden[1, own:].any()
+    expected = plain[0, -new - 1 : -1][:own]
+    torch.testing.assert_close(output.step_hidden[1, :own], expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("stage", ["boundary", "sft", "base"])

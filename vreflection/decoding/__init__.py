@@ -1,16 +1,24 @@
-"""Latent decoding as tensor code that knows no model: state machine, sampling, the step protocol and the runner."""
+"""Latent decoding as tensor code that knows no model: state machine, sampling, one step as a program, runner tiers."""
 
-from .runner import DecodeTrace, Step, decode
-from .sampling import SamplingSettings
-from .state import DecodeRules, DecodeState, advance, plan_transition
+from .program import DecodeBuffers, DecodeProgram, ProgramKey, Step, pick_from_logits
+from .sampling import PickPlan, SamplingRows, SamplingSettings, pick_tokens
+from .state import MAX_END_IDS, NOTHING, DecodeRules, DecodeState, advance, plan_transition, read_emission
 
 __all__ = [
+    "MAX_END_IDS",
+    "NOTHING",
+    "DecodeBuffers",
+    "DecodeProgram",
     "DecodeRules",
     "DecodeState",
-    "DecodeTrace",
+    "PickPlan",
+    "ProgramKey",
+    "SamplingRows",
     "SamplingSettings",
     "Step",
     "advance",
-    "decode",
+    "pick_from_logits",
+    "pick_tokens",
     "plan_transition",
+    "read_emission",
 ]

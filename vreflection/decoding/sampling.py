@@ -1,10 +1,21 @@
-"""Picking a token from logits: penalty, temperature, top-k, top-p; batched, without host synchronisation."""
+"""Picking tokens from logits, row by row: penalty, temperature, top-k, top-p; no host synchronisation.
+
+Draws come from a counter, not from a generator's state: the noise of a row is a function of its seed, of how many
+tokens it has picked, and of the vocabulary index alone. So a row's tokens do not depend on who shares its batch.
+
+Shape suffixes: B rows, V vocabulary.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
+
+# SplitMix64 (Steele, Lea, Flood 2014); as signed numbers, because torch multiplies int64 modulo 2^64.
+GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+FIRST_MULTIPLIER = 0xBF58476D1CE4E5B9 - 2**64
+SECOND_MULTIPLIER = 0x94D049BB133111EB - 2**64
 
 
 @dataclass(frozen=True)
@@ -32,33 +43,138 @@ class SamplingSettings:
         if not self.repetition_penalty > 0:
             raise ValueError(f"repetition_penalty: expected > 0, got {self.repetition_penalty}")
 
-    def scores(self, logits_BV: torch.Tensor, seen: torch.Tensor | None = None) -> torch.Tensor:
-        """Float32 scores `(B, V)` after penalty and, when sampling, temperature, top-k and top-p."""
-        scores = logits_BV.float()
-        if self.repetition_penalty != 1.0 and seen is not None:
-            penalty = self.repetition_penalty
-            scores = torch.where(seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
-        if not self.do_sample:
-            return scores
-        scores = scores / self.temperature
-        if 0 < self.top_k < scores.shape[-1]:
-            kth = scores.topk(self.top_k, dim=-1).values[:, -1:]
-            scores = scores.masked_fill(scores < kth, float("-inf"))
-        if self.top_p < 1.0:
-            ordered, order = scores.sort(dim=-1, descending=True)
-            probability = ordered.softmax(dim=-1)
-            # Keep the smallest set whose mass reaches top_p; the best token always stays.
-            outside = probability.cumsum(dim=-1) - probability >= self.top_p
-            scores = scores.masked_fill(torch.zeros_like(outside).scatter(1, order, outside), float("-inf"))
-        return scores
 
-    def pick(
-        self, logits_BV: torch.Tensor, seen: torch.Tensor | None = None, generator: torch.Generator | None = None
-    ) -> torch.Tensor:
-        """Token ids `(B,)` int64."""
-        scores = self.scores(logits_BV, seen)
-        if not self.do_sample:
-            return scores.argmax(dim=-1)
-        # Exponential race: a categorical draw without the host sync of torch.multinomial.
-        noise = torch.empty_like(scores).exponential_(generator=generator)
-        return (scores.softmax(dim=-1) / noise).argmax(dim=-1)
+@dataclass(frozen=True)
+class PickPlan:
+    """What at least one row asks for: decided on the host, so that a step has no branch on the device.
+
+    A row that asks for less than the plan is picked as if it were alone.
+    """
+
+    sample: bool = False
+    truncate: bool = False
+    penalty: bool = False
+
+    @classmethod
+    def of(cls, settings: list[SamplingSettings]) -> PickPlan:
+        sampled = [s for s in settings if s.do_sample]
+        return cls(
+            sample=bool(sampled),
+            truncate=any(s.top_k > 0 or s.top_p < 1 for s in sampled),
+            penalty=any(s.repetition_penalty != 1 for s in settings),
+        )
+
+
+@dataclass
+class SamplingRows:
+    """Settings of every row, `(B,)` each, on the device."""
+
+    do_sample: torch.Tensor  # bool
+    temperature: torch.Tensor  # float32
+    top_k: torch.Tensor  # int64
+    top_p: torch.Tensor  # float32
+    repetition_penalty: torch.Tensor  # float32
+    seed: torch.Tensor  # int64
+
+    @classmethod
+    def greedy(cls, rows: int, device: torch.device | str = "cpu") -> SamplingRows:
+        rows_of = lambda value, dtype: torch.full((rows,), value, dtype=dtype, device=device)  # noqa: E731
+        return cls(
+            rows_of(False, torch.bool), rows_of(1.0, torch.float32), rows_of(0, torch.int64),
+            rows_of(1.0, torch.float32), rows_of(1.0, torch.float32), rows_of(0, torch.int64),
+        )  # fmt: skip
+
+    @classmethod
+    def of(cls, settings: list[SamplingSettings], seeds: list[int], device: torch.device | str = "cpu") -> SamplingRows:
+        rows = cls.greedy(len(settings), device)
+        for name in ("do_sample", "temperature", "top_k", "top_p", "repetition_penalty"):
+            column = getattr(rows, name)
+            column.copy_(torch.tensor([getattr(s, name) for s in settings], dtype=column.dtype))
+        rows.seed.copy_(torch.tensor([signed(seed) for seed in seeds], dtype=torch.int64))
+        return rows
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [getattr(self, f.name) for f in fields(self)]
+
+    def narrow(self, rows: int) -> SamplingRows:
+        """Views of the first rows."""
+        return SamplingRows(*(tensor[:rows] for tensor in self.tensors()))
+
+
+def signed(seed: int) -> int:
+    """A seed's low 64 bits as a signed number."""
+    low = seed & (2**64 - 1)
+    return low - 2**64 if low >= 2**63 else low
+
+
+def shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """Logical shift of int64."""
+    return (x >> bits) & (2 ** (64 - bits) - 1)
+
+
+def mix(x: torch.Tensor) -> torch.Tensor:
+    """SplitMix64's finaliser on int64."""
+    x = (x ^ shift_right(x, 30)) * FIRST_MULTIPLIER
+    x = (x ^ shift_right(x, 27)) * SECOND_MULTIPLIER
+    return x ^ shift_right(x, 31)
+
+
+def draw_keys(seed: torch.Tensor, picked: torch.Tensor) -> torch.Tensor:
+    """Keys `(B,)` of the next draw from seeds and the numbers of tokens picked so far."""
+    return mix(mix(seed) + (picked + 1) * GOLDEN)
+
+
+def gumbel_noise(keys: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    """Standard Gumbel noise `(B, V)` float32."""
+    index = torch.arange(1, vocabulary + 1, device=keys.device) * GOLDEN
+    # 23 bits and a half: strictly inside (0, 1) and exact in float32.
+    uniform = (shift_right(mix(keys[:, None] + index), 41).float() + 0.5) * 2.0**-23
+    return -torch.log(-torch.log(uniform))
+
+
+def penalise(scores_BV: torch.Tensor, seen_BV: torch.Tensor, penalty: torch.Tensor) -> torch.Tensor:
+    penalty = penalty[:, None]
+    return torch.where(seen_BV, torch.where(scores_BV < 0, scores_BV * penalty, scores_BV / penalty), scores_BV)
+
+
+def outside_nucleus(scores_BV: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
+    """Tokens that top-k or top-p leaves out, `(B, V)` bool."""
+    ordered, order = scores_BV.sort(dim=-1, descending=True, stable=True)
+    width = scores_BV.shape[1]
+    last = torch.where(rows.top_k > 0, rows.top_k.clamp(max=width), width) - 1
+    # Ties with the k-th score stay, as in the host library.
+    outside = ordered < ordered.gather(1, last[:, None])
+    probability = ordered.masked_fill(outside, float("-inf")).softmax(dim=-1)
+    # The smallest set whose mass reaches top_p; the best token always stays.
+    outside |= (probability.cumsum(dim=-1) - probability >= rows.top_p[:, None]) & (rows.top_p < 1)[:, None]
+    return torch.zeros_like(outside).scatter(1, order, outside)
+
+
+def final_scores(
+    logits_BV: torch.Tensor, rows: SamplingRows, plan: PickPlan, seen_BV: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Float32 scores whose softmax a row is drawn from, or whose maximum a greedy row takes."""
+    scores = logits_BV.float()
+    if plan.penalty and seen_BV is not None:
+        scores = penalise(scores, seen_BV, rows.repetition_penalty)
+    if plan.sample:
+        scores = torch.where(rows.do_sample[:, None], scores / rows.temperature[:, None], scores)
+        if plan.truncate:
+            outside = outside_nucleus(scores, rows) & rows.do_sample[:, None]
+            scores = scores.masked_fill(outside, float("-inf"))
+    return scores
+
+
+def pick_tokens(
+    logits_BV: torch.Tensor,
+    rows: SamplingRows,
+    plan: PickPlan,
+    picked: torch.Tensor,
+    seen_BV: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Token ids `(B,)` int64; `picked` `(B,)` counts the tokens each row has picked before."""
+    scores = final_scores(logits_BV, rows, plan, seen_BV)
+    if plan.sample:
+        noise = gumbel_noise(draw_keys(rows.seed, picked), scores.shape[1])
+        scores = torch.where(rows.do_sample[:, None], scores + noise, scores)
+    return scores.argmax(dim=-1)

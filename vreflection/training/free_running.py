@@ -9,8 +9,9 @@ Shape suffixes: B boxes (= spans), Q slots per span, D width, L length.
 from __future__ import annotations
 
 import torch
+from transformers import DynamicCache
 
-from ..model.generation import ModelStep, eval_mode
+from ..engine.steps import eval_mode
 from ..model.layout import BatchLayout
 from ..model.modeling import VReflectionForConditionalGeneration
 
@@ -72,10 +73,27 @@ def roll_out_spans(model, embeds_SLD, position_ids, slot_index_BQ) -> torch.Tens
     column = start[:, None] - prefix + torch.arange(prefix, device=start.device)
     mask = (column >= 0).long()
     column = column.clamp(min=0)
-    step = ModelStep(model, mask, slot_index_BQ.shape[1], static=False)
-    z = step.consume(embeds_SLD[sample[:, None], column], position_ids[-3:, sample[:, None], column])
+    decoder = model.model.language_model
+    # Not the engine's static cache: under autocast keys and values differ in dtype.
+    cache = DynamicCache(config=model.config.get_text_config())
+
+    def consume(inputs_BLD, positions):
+        nonlocal mask
+        if cache.get_seq_length():
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+        output = decoder(
+            inputs_embeds=inputs_BLD,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return output.last_hidden_state[:, -1]
+
+    z = consume(embeds_SLD[sample[:, None], column], position_ids[-3:, sample[:, None], column])
     states = [z]
     for slot in range(slot_index_BQ.shape[1] - 1):
-        z = step.forward(z.to(embeds_SLD.dtype), position_ids[-1].flatten()[slot_index_BQ[:, slot]])
+        position = position_ids[-1].flatten()[slot_index_BQ[:, slot]]
+        z = consume(z[:, None].to(embeds_SLD.dtype), position[None, :, None].expand(3, -1, 1))
         states.append(z)
     return torch.stack(states, dim=1).to(embeds_SLD.dtype)

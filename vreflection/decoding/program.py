@@ -1,0 +1,166 @@
+"""One decode step, or a whole latent span, as a call over tensors of fixed address.
+
+Shape suffixes: B rows, D width, V vocabulary, R steps between two looks of the host.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from .sampling import PickPlan, SamplingRows, pick_tokens
+from .state import NOTHING, DecodeRules, DecodeState, advance, plan_transition
+
+
+class Step(Protocol):
+    """A decoder on a batch of rows; owns the key/value cache. Row b of every argument is row b of the cache."""
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """`(B,)` ids to `(B, D)` input embeddings."""
+        ...
+
+    def forward(
+        self, inputs_BD: torch.Tensor, position: torch.Tensor, length: torch.Tensor, extent: int
+    ) -> torch.Tensor:
+        """Consume one input per row.
+
+        Args:
+            position: `(B,)` rope position. length: `(B,)` keys in the row's cache; the new key goes there.
+            extent: cache columns to look at, more than every length.
+
+        Returns:
+            last hidden states `(B, D)`, after the final norm.
+        """
+        ...
+
+    def pick(
+        self, hidden_BD: torch.Tensor, needed: torch.Tensor, rows: SamplingRows, plan: PickPlan, state: DecodeState
+    ) -> torch.Tensor:
+        """Token ids `(B,)`; where `needed` `(B,)` is False any id will do."""
+        ...
+
+
+def pick_from_logits(logits_BV, rows: SamplingRows, plan: PickPlan, state: DecodeState) -> torch.Tensor:
+    return pick_tokens(logits_BV, rows, plan, state.counted, state.seen if plan.penalty else None)
+
+
+@dataclass
+class DecodeBuffers:
+    """Everything a step reads or writes besides weights and cache; allocated once.
+
+    Attributes:
+        emitted: `(R, B)` emissions of the steps since the host last looked. hidden: `(R, B, D)` their hidden states,
+            when recorded. cursor: `(1,)` the next line of both.
+        running, budget: see `tiers.Program`.
+        given: `(B, N, D)` states to consume inside spans where `has_given` `(B,)`.
+    """
+
+    state: DecodeState
+    sampling: SamplingRows
+    emitted: torch.Tensor
+    cursor: torch.Tensor
+    running: torch.Tensor
+    budget: torch.Tensor
+    hidden: torch.Tensor | None = None
+    given: torch.Tensor | None = None
+    has_given: torch.Tensor | None = None
+
+    @classmethod
+    def allocate(cls, rows: int, width: int, dtype: torch.dtype, device: torch.device | str, ring: int):
+        one = lambda dtype: torch.zeros(1, dtype=dtype, device=device)  # noqa: E731
+        return cls(
+            state=DecodeState.idle(rows, width, dtype, device),
+            sampling=SamplingRows.greedy(rows, device),
+            emitted=torch.full((ring, rows), NOTHING, dtype=torch.int64, device=device),
+            cursor=one(torch.int64),
+            running=one(torch.int32),
+            budget=one(torch.int64),
+        )
+
+    def rewind(self) -> None:
+        """Before the next steps: nothing emitted."""
+        self.emitted.fill_(NOTHING)
+        self.cursor.zero_()
+
+
+@dataclass(frozen=True)
+class ProgramKey:
+    """What makes one recorded program differ from another.
+
+    Attributes:
+        rows: the first rows of the buffers. extent: cache columns. steps: decode steps per call.
+        text: whether any row may need a token; a program without is a latent span and never touches the vocabulary.
+        plan, record, given: what at least one row asks for.
+    """
+
+    rows: int
+    extent: int
+    steps: int = 1
+    text: bool = True
+    plan: PickPlan = field(default_factory=PickPlan)
+    record: bool = False
+    given: bool = False
+
+
+class DecodeProgram:
+    """Callable: `key.steps` decode steps of the first `key.rows` rows. No host synchronisation, no growing tensor."""
+
+    def __init__(self, step: Step, buffers: DecodeBuffers, rules: DecodeRules, key: ProgramKey):
+        self.step, self.buffers, self.rules, self.key = step, buffers, rules, key
+        self.steps = key.steps
+        self.running, self.budget = buffers.running, buffers.budget
+        self.rows = buffers.state.narrow(key.rows)
+        if not key.plan.penalty:
+            self.rows.seen = None
+        self.changing = self.rows.tensors()
+        self.sampling = buffers.sampling.narrow(key.rows)
+        self.emitted = buffers.emitted[:, : key.rows]
+        self.hidden = None if buffers.hidden is None or not key.record else buffers.hidden[:, : key.rows]
+        given = key.given and buffers.given is not None and buffers.has_given is not None
+        self.given = (buffers.given[: key.rows], buffers.has_given[: key.rows, None]) if given else None  # pyright: ignore
+        self.nobody = torch.zeros(key.rows, dtype=torch.int64, device=buffers.cursor.device)
+
+    @property
+    def state(self) -> list[torch.Tensor]:
+        """All that a call changes, the key/value cache apart."""
+        recorded = [] if self.hidden is None else [self.hidden]
+        return [*self.changing, self.emitted, self.buffers.cursor, self.running, self.budget, *recorded]
+
+    def __call__(self) -> None:
+        for _ in range(self.steps):
+            self.once()
+
+    def once(self) -> None:
+        rows, rules = self.rows, self.rules
+        inputs = torch.where(rows.mode[:, None], self.latent_inputs(), self.step.embed(rows.last_token))
+        hidden = self.step.forward(inputs, rows.position, rows.length, self.key.extent)
+        live = ~rows.finished
+        # A finished row stands still: its place in the cache stays inside.
+        rows.length.add_(live)
+        rows.position.add_(live)
+        transition = plan_transition(rows, rules)
+        if self.key.text:
+            needed = live & ~transition[0] if rules.clean else live
+            picked = self.step.pick(hidden, needed, self.sampling, self.key.plan, rows)
+        else:
+            picked = self.nobody
+        moved, emitted = advance(rows, rules, hidden, picked, transition)
+        self.emitted.index_copy_(0, self.buffers.cursor, emitted[None])
+        if self.hidden is not None:
+            self.hidden.index_copy_(0, self.buffers.cursor, hidden[None])
+        self.buffers.cursor.add_(1)
+        torch._foreach_copy_(self.changing, moved.tensors())
+        self.budget.sub_(1)
+        torch.mul(self.budget > 0, ~moved.finished.all(), out=self.running)
+
+    def latent_inputs(self) -> torch.Tensor:
+        """The rows' own last hidden states, or what they were given instead."""
+        rows = self.rows
+        if self.given is None:
+            return rows.z
+        given_BND, has_given = self.given
+        index = (rows.latent_steps - rows.remaining).clamp(0, given_BND.shape[1] - 1)
+        chosen = given_BND.gather(1, index[:, None, None].expand(-1, 1, given_BND.shape[2]))[:, 0]
+        return torch.where(has_given, chosen, rows.z)

@@ -1,0 +1,1 @@
+"""The decode engine: prefill, decoder steps, continuous batching, streaming."""

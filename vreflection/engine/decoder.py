@@ -1,0 +1,657 @@
+"""`LatentDecoder`: prompts in, answers out; rows come and go while the others decode on.
+
+Shape suffixes: B rows, L prompt tokens, N latents per span, D width.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..decoding import (
+    NOTHING,
+    DecodeBuffers,
+    DecodeProgram,
+    DecodeRules,
+    DecodeState,
+    PickPlan,
+    ProgramKey,
+    SamplingRows,
+    advance,
+    read_emission,
+)
+from ..decoding.tiers import choose_tier
+from ..errors import ConfigError
+from .cache import KVCache
+from .choice import choose_step
+from .memory import check_fit
+from .prefill import FeatureCache, Filling, forward_groups, pad_right, plan_sharing, signature
+from .requests import Emitted, Generation, Prompt, Request
+from .settings import given_latents, resolve_latent_steps, resolve_settings
+from .steps import eval_mode
+
+logger = logging.getLogger(__name__)
+
+COLUMN_STEP = 64  # cache lengths are multiples of this, so that few shapes ever occur
+SMALLEST_EXTENT = {"cpu": 64, "cuda": 512}
+# Steps between two looks of the host at what was emitted, when nobody waits for single tokens.
+LOOK_EVERY = 8
+RING = 64
+LOOP_RING = 1024
+
+
+@dataclass
+class Row:
+    """A request in its place in the batch."""
+
+    ticket: int
+    slot: int
+    request: Request
+    answer: Generation
+    launched: int = 0  # steps sent to the device, an upper bound of those taken
+    in_span: int | None = None  # latents emitted in the open span; 0 right after its start token
+    hidden: list[torch.Tensor] = field(default_factory=list)
+    done: bool = False
+
+    @property
+    def columns(self) -> int:
+        return self.answer.prompt_length + self.launched
+
+    def free_steps(self) -> int:
+        """Coming steps whose output needs no token."""
+        return 0 if self.in_span is None else self.request.latent_steps - self.in_span
+
+
+@dataclass
+class Look:
+    """Steps sent to the device whose emissions the host has not read yet."""
+
+    emitted: torch.Tensor
+    hidden: torch.Tensor | None
+    rows: list[Row]
+    ready: Any = None  # CUDA event
+
+
+class LatentDecoder:
+    """Batched latent decoding with continuous admission.
+
+    Args:
+        model: a `VReflectionForConditionalGeneration`.
+        max_batch_size: rows decoded together; further prompts wait for a free row.
+        max_length: prompt and answer tokens per row, latents included; the cache for it is allocated at once. Default:
+            the cache grows as needed.
+        processor: a `VReflectionProcessor`; prompts may then be `(question, images)`, and answers carry text.
+        step: `auto`, `fused` (Triton kernels, CUDA), `torch` (plain PyTorch) or `model` (the host model's forward).
+        tier: `auto`, `eager`, `graph` or `loop`; see docs/decoding.md.
+        latent_mode: `clean` or `parity` (see `DecodeRules`).
+        image_cache: images whose visual tokens are kept for later prompts.
+        share_prefixes: prompts that begin alike (the same image, say) compute their beginning once.
+
+    Raises:
+        ConfigError: a step or tier that cannot run here, or a cache that does not fit.
+    """
+
+    def __init__(
+        self,
+        model,
+        *,
+        max_batch_size: int = 8,
+        max_length: int | None = None,
+        processor=None,
+        step: str = "auto",
+        tier: str = "auto",
+        latent_mode: str = "clean",
+        image_cache: int = 16,
+        share_prefixes: bool = True,
+    ):
+        if max_batch_size < 1:
+            raise ConfigError(f"max_batch_size: expected at least 1, got {max_batch_size}")
+        if max_length is not None and max_length < 2:
+            raise ConfigError(f"max_length: expected at least 2, got {max_length}")
+        self.model, self.processor = model, processor
+        self.max_batch_size, self.max_length = max_batch_size, max_length
+        config = model.config
+        text = config.get_text_config()
+        self.device, self.width = model.device, text.hidden_size
+        self.dtype = model.get_input_embeddings().weight.dtype
+        self.image_token_id, self.merge = config.image_token_id, config.vision_config.spatial_merge_size
+        settings = resolve_settings(model.generation_config, {})
+        self.rules = DecodeRules(config.lvr_start_id, config.lvr_id, settings.pad_token_id, latent_mode)
+        self.tier = choose_tier(tier, self.device)
+        heads = text.num_key_value_heads
+        self.cache_shape = {
+            "layers": text.num_hidden_layers,
+            "heads": heads,
+            "width": getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+            "dtype": self.dtype,
+        }
+        columns = round_up(max_length or 4 * COLUMN_STEP, COLUMN_STEP)
+        check_fit(self.cache_shape, max_batch_size, columns, self.device)
+        with torch.inference_mode():
+            self.cache = KVCache(rows=max_batch_size, columns=columns, device=self.device, **self.cache_shape)
+            ring = LOOP_RING if self.tier.name == "loop" else RING
+            self.buffers = DecodeBuffers.allocate(max_batch_size, self.width, self.dtype, self.device, ring)
+        self.step = choose_step(step, model, self.cache)
+        self.features = FeatureCache(model, image_cache)
+        self.share_prefixes = share_prefixes
+        self.programs: dict[ProgramKey, DecodeProgram] = {}
+        self.waiting: deque[tuple[int, Request]] = deque()
+        self.rows: dict[int, Row] = {}
+        self.by_ticket: dict[int, Row] = {}
+        self.cancelled: deque[int] = deque()
+        self.looks: deque[Look] = deque()
+        self.held: dict[int, Any] = {}  # marks of the prompt that lies in a cache row, occupied or not
+        self.dirty = [0] * max_batch_size  # columns of a row ever written
+        self.next_ticket = 0
+
+    # Requests
+
+    def request(
+        self,
+        prompt,
+        *,
+        latent_steps: int | None = None,
+        allow_other_latent_steps: bool = False,
+        force_latent: bool = False,
+        latents: torch.Tensor | None = None,
+        seed: int | None = None,
+        return_latents: bool = False,
+        generation_config=None,
+        **settings,
+    ) -> Request:
+        """Check one prompt and its settings.
+
+        Args:
+            prompt: what the processor returns for one question, an encoded sample, or with a processor
+                `(question, images)`.
+            latent_steps: N per span; default the checkpoint's. Another number needs `allow_other_latent_steps`.
+            force_latent: start a span right after the prompt.
+            latents: `(N, D)` states to consume inside spans instead of the model's own, for interventions.
+            seed: of the row's draws; the same seed gives the same answer whatever shares the batch. Default: drawn
+                from torch's own generator.
+            settings: `max_new_tokens, do_sample, temperature, top_k, top_p, repetition_penalty, eos_token_id`;
+                defaults from the generation config.
+
+        Raises:
+            ConfigError: unsupported settings, or a prompt that can never fit into `max_length`.
+            ValueError: a malformed prompt.
+        """
+        resolved = resolve_settings(generation_config or self.model.generation_config, settings)
+        steps = resolve_latent_steps(self.model.config, latent_steps, allow_other_latent_steps, stacklevel=3)
+        given = given_latents(self.model, steps, None if latents is None else latents[None], 1)
+        made = Request(
+            prompt=self.prompt(prompt),
+            sampling=resolved.sampling,
+            max_new_tokens=resolved.max_new_tokens,
+            eos_token_ids=resolved.eos_token_ids,
+            latent_steps=steps,
+            seed=int(torch.randint(2**62, ())) if seed is None else seed,
+            force_latent=force_latent,
+            latents=None if given is None else given[0],
+            return_latents=return_latents,
+        )
+        self.check_length(made)
+        return made
+
+    def prompt(self, given) -> Prompt:
+        if isinstance(given, str) or (isinstance(given, tuple) and len(given) == 2 and isinstance(given[0], str)):
+            if self.processor is None:
+                raise ValueError("prompt: (question, images) needs a decoder with a processor; pass processor=…")
+            question, images = (given, None) if isinstance(given, str) else given
+            images = None if images is None else [images]
+            given = self.processor(images, question, return_position_ids=True)
+        made = Prompt.of(given)
+        if made.pixel_values is not None and made.image_features is not None:
+            raise ValueError("expected pixel_values or image_features, got both")
+        if made.embeds is None:
+            made.image_parts(self.merge)
+        return made
+
+    def check_length(self, request: Request) -> None:
+        if self.max_length is None:
+            return
+        span = request.latent_steps if self.rules.clean else 0
+        needed = len(request.prompt) + request.max_new_tokens + span
+        if needed > self.max_length:
+            raise ConfigError(
+                f"max_length: the prompt's {len(request.prompt)} tokens, {request.max_new_tokens} new ones and "
+                f"{span} latents need {needed}, this decoder has {self.max_length}; lower max_new_tokens or make a "
+                "decoder with a larger max_length"
+            )
+
+    def submit(self, request: Request) -> int:
+        """Queue a request; returns its ticket. Safe to call from another thread than `advance`."""
+        ticket, self.next_ticket = self.next_ticket, self.next_ticket + 1
+        self.waiting.append((ticket, request))
+        return ticket
+
+    def cancel(self, ticket: int) -> None:
+        """Give up a queued or running request at the next `advance`; unknown and finished tickets are ignored."""
+        self.cancelled.append(ticket)
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request is queued or running."""
+        return bool(self.waiting or self.rows or self.looks)
+
+    # Whole calls
+
+    def generate(
+        self,
+        prompts: Iterable,
+        *,
+        seed: int | None = None,
+        on_answer: Callable[[Generation], None] | None = None,
+        **settings,
+    ) -> list[Generation]:
+        """Answer every prompt.
+
+        Args:
+            prompts: prompts (see `request`) or requests.
+            seed: prompt i draws from `seed + i`.
+            on_answer: called with each answer as it is finished.
+            settings: of all prompts, see `request`; requests keep their own.
+
+        Returns:
+            answers in the order of the prompts.
+        """
+        requests = self.requests(prompts, seed, settings)
+        answers: list[Generation | None] = [None] * len(requests)
+        for event in self.serve(requests, look_every=LOOK_EVERY):
+            if event.generation is not None:
+                answers[event.index] = event.generation
+                if on_answer is not None:
+                    on_answer(event.generation)
+        return [answer for answer in answers if answer is not None]
+
+    def stream(self, prompts: Iterable, *, seed: int | None = None, **settings) -> Iterator[Emitted]:
+        """Yield every emitted position of every prompt as it comes; the last one of a prompt carries its answer.
+
+        Closing the iterator gives the unfinished prompts up.
+        """
+        return self.serve(self.requests(prompts, seed, settings), look_every=1)
+
+    def requests(self, prompts: Iterable, seed: int | None, settings: dict) -> list[Request]:
+        made = []
+        for index, prompt in enumerate(prompts):
+            if isinstance(prompt, Request):
+                made.append(prompt)
+            else:
+                made.append(self.request(prompt, seed=None if seed is None else seed + index, **settings))
+        return made
+
+    def serve(self, requests: Sequence[Request], look_every: int) -> Iterator[Emitted]:
+        if self.busy:
+            raise RuntimeError("this decoder is busy with another call; finish or close it, or use another decoder")
+        for request in requests:
+            self.check_length(request)
+        index = {self.submit(request): number for number, request in enumerate(requests)}
+        try:
+            while self.busy:
+                for event in self.advance(look_every):
+                    number = index[event.index]
+                    if event.generation is not None:
+                        event.generation.index = number
+                    yield Emitted(number, event.token, event.latent, event.generation)
+        finally:
+            if self.busy:
+                for ticket in index:
+                    self.cancel(ticket)
+                while self.busy:
+                    self.advance(look_every)
+
+    # The engine's own cycle
+
+    def advance(self, look_every: int = 1) -> list[Emitted]:
+        """Admit what fits, take up to `look_every` steps, and return what was emitted. Indices are tickets."""
+        quiet = eval_mode(self.model) if self.model.training else nullcontext()
+        with torch.inference_mode(), quiet:
+            events = self.drop_cancelled()
+            events += self.admit()
+            launched = self.launch(look_every) if any(not row.done for row in self.rows.values()) else False
+            # On a GPU the next steps are queued before the last ones are read: it never waits for the host.
+            ahead = 1 if launched and self.device.type == "cuda" else 0
+            while len(self.looks) > ahead:
+                events += self.read(self.looks.popleft())
+        return events
+
+    def drop_cancelled(self) -> list[Emitted]:
+        events = []
+        while self.cancelled:
+            ticket = self.cancelled.popleft()
+            row = self.by_ticket.get(ticket)
+            if row is not None:
+                self.buffers.state.finished[row.slot] = True
+                events.append(self.finish(row, NOTHING, False, "cancelled"))
+                continue
+            for entry in self.waiting:
+                if entry[0] == ticket:
+                    self.waiting.remove(entry)
+                    answer = Generation(ticket, len(entry[1].prompt), finish_reason="cancelled")
+                    events.append(Emitted(ticket, NOTHING, False, answer))
+                    break
+        return events
+
+    def admit(self) -> list[Emitted]:
+        free = [slot for slot in range(self.max_batch_size) if slot not in self.rows]
+        taken = [self.waiting.popleft() for _ in range(min(len(free), len(self.waiting)))]
+        if not taken:
+            return []
+        try:
+            return self.fill(taken, self.places(taken, free))
+        except BaseException:
+            # Nothing was admitted: the requests go back to the head of the queue for the caller to cancel.
+            self.waiting.extendleft(reversed(taken))
+            raise
+
+    def places(self, taken, free: list[int]) -> list[int]:
+        """A free row per request; rows that hold a prompt worth sharing are used last."""
+        return sorted(sorted(free, key=lambda slot: slot in self.held)[: len(taken)])
+
+    def fill(self, taken: list[tuple[int, Request]], slots: list[int]) -> list[Emitted]:
+        for slot in slots:
+            self.held.pop(slot, None)
+        self.make_room(max(len(request.prompt) for _, request in taken) + 1)
+        fillings = []
+        for slot, (_, request) in zip(slots, taken):
+            marks = signature(request.prompt, self.image_token_id, self.merge) if self.share_prefixes else None
+            fillings.append(Filling(slot, request.prompt, marks))
+        hidden = {}
+        for wave in plan_sharing(fillings, self.held):
+            hidden |= self.prefill(wave)
+        for filling in fillings:
+            if filling.marks is not None:
+                self.held[filling.row] = filling.marks
+        requests = [request for _, request in taken]
+        last = torch.stack([hidden[slot][0] for slot in slots])
+        positions = [hidden[slot][1] for slot in slots]
+        emissions = self.first_picks(slots, requests, last, positions)
+        events = []
+        for (ticket, request), slot, number, z in zip(taken, slots, emissions, last):
+            row = Row(ticket, slot, request, Generation(ticket, len(request.prompt)))
+            if int(request.prompt.input_ids[-1]) == self.rules.lvr_start_id and request.latent_steps:
+                row.in_span = 0
+            self.rows[slot] = self.by_ticket[ticket] = row
+            if request.return_latents:
+                row.hidden.append(z)
+            events.append(self.note(row, number))
+        return events
+
+    def prefill(self, wave: list[Filling]) -> dict[int, tuple[torch.Tensor, int]]:
+        """Last hidden state and next rope position per row."""
+        found = {}
+        for donor in {f.donor for f in wave if f.donor is not None}:
+            sharing = [f for f in wave if f.donor == donor]
+            for filling in sharing:
+                if filling.donor != filling.row:
+                    self.cache.copy_prefix(donor, [filling.row], filling.start)
+        for group in forward_groups(wave):
+            inputs = self.inputs([f.prompt for f in group])
+            start, rows = group[0].start, [f.row for f in group]
+            embeds = pad_right([embeds[start:] for embeds, _ in inputs], 0)
+            positions = pad_right([positions[:, start:] for _, positions in inputs], 1).transpose(0, 1)
+            stop = start + embeds.shape[1]
+            self.make_room(stop)
+            for row in rows:
+                if self.dirty[row] > stop:
+                    self.cache.wipe(row, stop, self.dirty[row])
+                self.dirty[row] = stop
+            hidden = self.step.prefill(embeds, positions, rows, start)
+            for number, (filling, (_, position)) in enumerate(zip(group, inputs)):
+                last = len(filling.prompt) - start - 1
+                found[filling.row] = hidden[number, last], int(position.max()) + 1
+        return found
+
+    def inputs(self, prompts: list[Prompt]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Embeddings `(L, D)` with the visual tokens in their places, and rope positions `(3, L)`."""
+        made = []
+        features = self.features.of(prompts)
+        for prompt, tokens in zip(prompts, features):
+            if prompt.embeds is not None:
+                made.append((prompt.embeds, prompt.position_ids))
+                continue
+            as_batch = lambda value: None if value is None else value.to(self.device)[None]  # noqa: E731
+            positions = prompt.position_ids
+            embeds, positions = self.model.prompt_inputs(
+                as_batch(prompt.input_ids),
+                image_grid_thw=None if prompt.image_grid_thw is None else prompt.image_grid_thw.to(self.device),
+                mm_token_type_ids=as_batch(prompt.mm_token_type_ids),
+                position_ids=None if positions is None else positions[:, None].to(self.device),
+                image_features=tokens,
+            )
+            made.append((embeds[0], positions[-3:, 0]))
+        return made
+
+    def first_picks(self, slots, requests: list[Request], last_BD, positions: list[int]) -> list[int]:
+        """Set the rows' state, pick each one's first token; returns emissions."""
+        device, state = self.device, self.buffers.state
+        number = lambda values: torch.tensor(values, dtype=torch.int64, device=device)  # noqa: E731
+        start = self.rules.lvr_start_id
+        last = [int(request.prompt.input_ids[-1]) for request in requests]
+        capacity = self.max_length or torch.iinfo(torch.int64).max
+        fresh = DecodeState.idle(len(slots), self.width, self.dtype, device)
+        fresh.latent_steps = number([r.latent_steps for r in requests])
+        fresh.max_new_tokens = number([r.max_new_tokens for r in requests])
+        fresh.capacity.fill_(capacity)
+        for row, request in enumerate(requests):
+            fresh.end_ids[row, : len(request.eos_token_ids)] = number(list(request.eos_token_ids))
+        fresh.finished.fill_(False)
+        fresh.last_token, fresh.z = number(last), last_BD
+        fresh.position, fresh.length = number(positions), number([len(r.prompt) for r in requests])
+        plan = PickPlan.of([r.sampling for r in requests])
+        sampling = SamplingRows.of([r.sampling for r in requests], [r.seed for r in requests], device)
+        if plan.penalty or state.seen is not None:
+            self.make_penalty_buffer()
+            fresh.seen = torch.stack([seen_ids(r.prompt.input_ids.to(device), state.seen.shape[1]) for r in requests])  # pyright: ignore
+        if any(r.latents is not None for r in requests) or self.buffers.given is not None:
+            self.set_given(slots, requests)
+        picked = self.step.pick(last_BD, ~fresh.finished, sampling, plan, fresh)
+        forced = number([start if r.force_latent and id != start else -1 for r, id in zip(requests, last)])
+        moved, emitted = advance(fresh, self.rules, last_BD, torch.where(forced >= 0, forced, picked))
+        index = number(slots)
+        limits = [getattr(moved, name) for name in DecodeState.LIMITS]
+        targets = [
+            *(getattr(state, name) for name in DecodeState.LIMITS),
+            *state.tensors(),
+            *self.buffers.sampling.tensors(),
+        ]
+        for target, value in zip(targets, [*limits, *moved.tensors(), *sampling.tensors()], strict=True):
+            target.index_copy_(0, index, value.to(target.dtype))
+        return emitted.tolist()
+
+    def make_penalty_buffer(self) -> None:
+        state = self.buffers.state
+        if state.seen is None:
+            vocabulary = self.model.get_output_embeddings().weight.shape[0]
+            state.seen = torch.zeros(self.max_batch_size, vocabulary, dtype=torch.bool, device=self.device)
+            self.forget_programs()
+
+    def set_given(self, slots: list[int], requests: list[Request]) -> None:
+        buffers = self.buffers
+        steps = max([len(r.latents) for r in requests if r.latents is not None], default=0)
+        held = 0 if buffers.given is None else buffers.given.shape[1]
+        if steps > held:
+            grown = torch.zeros(self.max_batch_size, steps, self.width, dtype=self.dtype, device=self.device)
+            if buffers.given is not None:
+                grown[:, :held] = buffers.given
+            buffers.given = grown
+            if buffers.has_given is None:
+                buffers.has_given = torch.zeros(self.max_batch_size, dtype=torch.bool, device=self.device)
+            self.forget_programs()
+        assert buffers.given is not None and buffers.has_given is not None
+        for slot, request in zip(slots, requests):
+            buffers.has_given[slot] = request.latents is not None
+            if request.latents is not None:
+                buffers.given[slot, : len(request.latents)] = request.latents.to(self.device, self.dtype)
+
+    def make_room(self, columns: int) -> None:
+        """Grow the cache to `columns`, where it may grow."""
+        if columns <= self.cache.columns:
+            return
+        columns = round_up(max(columns, self.cache.columns * 3 // 2), COLUMN_STEP)
+        check_fit(self.cache_shape, self.max_batch_size, columns, self.device, held=self.cache.nbytes)
+        self.cache.grow(columns)
+        self.forget_programs()
+
+    def forget_programs(self) -> None:
+        """Buffers moved: what was recorded on the old ones is void."""
+        self.programs.clear()
+        clear = getattr(self.tier, "clear", None)
+        if clear is not None:
+            clear()
+
+    # Steps
+
+    def launch(self, look_every: int) -> bool:
+        """Send steps to the device."""
+        rows = [row for row in self.rows.values() if not row.done]
+        free = min(row.free_steps() for row in rows) if self.rules.clean and not self.looks else 0
+        ring = self.buffers.emitted.shape[0]
+        if self.tier.name == "loop":
+            calls, span = ring, 0
+        else:
+            calls, span = min(look_every, ring), self.span_steps(free, rows)
+        # Nobody is looked after further than the longest row can still go.
+        left = max(row.request.max_new_tokens - sum(not flag for flag in row.answer.latent) for row in rows)
+        spans = any(row.request.latent_steps for row in rows)
+        calls = max(1, calls if spans else min(calls, left))
+        steps = span or calls
+        columns = max(row.columns for row in rows) + steps
+        if self.max_length is None:
+            self.make_room(columns)
+        program = self.program(rows, min(columns, self.cache.columns), span)
+        self.buffers.rewind()
+        self.tier.run(program, 1 if span else calls)
+        for row in rows:
+            row.launched += steps
+            self.dirty[row.slot] = max(self.dirty[row.slot], min(row.columns, self.cache.columns))
+        self.looks.append(self.look(rows, program, steps))
+        return True
+
+    def span_steps(self, free: int, rows: list[Row]) -> int:
+        """Steps to take as one latent span, 0 for none. Recorded spans come in whole lengths only."""
+        free = min(free, self.buffers.emitted.shape[0])
+        if self.tier.name == "eager":
+            return free
+        return free if free and all(row.in_span == 0 for row in rows) else 0
+
+    def program(self, rows: list[Row], columns: int, span: int) -> DecodeProgram:
+        wanted = max(row.slot for row in rows) + 1
+        record = any(row.request.return_latents for row in rows)
+        if record and self.buffers.hidden is None:
+            ring = self.buffers.emitted.shape[0]
+            shape = (ring, self.max_batch_size, self.width)
+            self.buffers.hidden = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        key = ProgramKey(
+            rows=wanted if self.tier.name == "eager" else min(next_power_of_2(wanted), self.max_batch_size),
+            extent=self.extent(columns),
+            steps=span or 1,
+            text=not span,
+            plan=PickPlan.of([row.request.sampling for row in rows]),
+            record=record,
+            given=any(row.request.latents is not None for row in rows),
+        )
+        if key not in self.programs:
+            self.programs[key] = DecodeProgram(self.step, self.buffers, self.rules, key)
+        return self.programs[key]
+
+    def extent(self, columns: int) -> int:
+        """Cache columns a step looks at: few different numbers, so that few programs are recorded."""
+        smallest = SMALLEST_EXTENT.get(self.device.type, 64)
+        rounded = round_up(columns, smallest) if self.tier.name == "eager" else next_power_of_2(max(columns, smallest))
+        return min(rounded, self.cache.columns)
+
+    def look(self, rows: list[Row], program: DecodeProgram, steps: int) -> Look:
+        emitted = self.buffers.emitted[:steps]
+        hidden = None if program.hidden is None else program.hidden[:steps].clone()
+        if self.device.type != "cuda":
+            return Look(emitted, hidden, rows)
+        host = torch.empty(emitted.shape, dtype=emitted.dtype, pin_memory=True)
+        host.copy_(emitted, non_blocking=True)
+        ready = torch.cuda.Event()
+        ready.record()
+        return Look(host, hidden, rows, ready)
+
+    def read(self, look: Look) -> list[Emitted]:
+        if look.ready is not None:
+            look.ready.synchronize()
+        events = []
+        for number, line in enumerate(look.emitted.tolist()):
+            for row in look.rows:
+                if row.done or line[row.slot] == NOTHING:
+                    continue
+                if row.request.return_latents and look.hidden is not None:
+                    row.hidden.append(look.hidden[number, row.slot])
+                events.append(self.note(row, line[row.slot]))
+        return events
+
+    def note(self, row: Row, number: int) -> Emitted:
+        """Take one emission into a row's answer."""
+        token, latent, last = read_emission(number)
+        answer = row.answer
+        answer.tokens.append(token)
+        answer.latent.append(latent)
+        if latent:
+            row.in_span = (row.in_span or 0) + 1
+        else:
+            row.in_span = 0 if token == self.rules.lvr_start_id and row.request.latent_steps else None
+        if last:
+            return self.finish(row, token, latent, self.reason(row, token))
+        return Emitted(row.ticket, token, latent)
+
+    def reason(self, row: Row, token: int) -> str:
+        counted = len(row.answer.latent) - (sum(row.answer.latent) if self.rules.clean else 0)
+        if token in row.request.eos_token_ids and not row.answer.latent[-1]:
+            return "eos"
+        return "max_new_tokens" if counted >= row.request.max_new_tokens else "max_length"
+
+    def finish(self, row: Row, token: int, latent: bool, reason: str) -> Emitted:
+        row.done = True
+        answer = row.answer
+        answer.finish_reason = reason
+        del self.rows[row.slot], self.by_ticket[row.ticket]
+        # A finished row still writes, just past its end.
+        self.dirty[row.slot] = min(max(self.dirty[row.slot], row.columns) + 1, self.cache.columns)
+        if self.processor is not None:
+            shown = [t for t, hidden in zip(answer.tokens, answer.latent) if not hidden]
+            answer.text = self.processor.decode(shown)
+        if row.request.return_latents:
+            self.collect(row)
+        return Emitted(row.ticket, token, latent, answer)
+
+    def collect(self, row: Row) -> None:
+        """Hidden states of the row, and which of them were fed back and came out at slots."""
+        answer, steps = row.answer, row.request.latent_steps
+        if not row.hidden:
+            return
+        hidden = torch.stack(row.hidden)
+        # The input that step t consumed was the latent that the emission before it announced.
+        fed = torch.tensor([False, *answer.latent[:-1]], device=hidden.device)
+        whole = int(fed.sum()) // steps * steps if steps else 0
+        probes = hidden[fed][:whole]
+        latents = hidden[fed.roll(-1)][:whole] if whole else probes
+        shape = (-1, max(steps, 1), self.width)
+        if row.request.latents is not None and whole:
+            latents = row.request.latents.to(hidden).repeat(whole // steps, 1)
+        with torch.inference_mode(False):
+            answer.latents, answer.probes = latents.clone().view(shape), probes.clone().view(shape)
+            answer.step_hidden = hidden.clone()
+
+
+def seen_ids(input_ids: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    """Ids that occur in a prompt, `(V,)` bool."""
+    return torch.zeros(vocabulary, dtype=torch.bool, device=input_ids.device).index_fill(0, input_ids, True)
+
+
+def round_up(value: int, step: int) -> int:
+    return -(-value // step) * step
+
+
+def next_power_of_2(value: int) -> int:
+    return 1 << max(value - 1, 0).bit_length()

@@ -1,0 +1,171 @@
+"""What goes into a decoder and what comes out.
+
+Shape suffixes: L prompt tokens, I images, N latents per span, D width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..decoding import SamplingSettings
+
+
+@dataclass
+class Prompt:
+    """One prompt's tensors, unpadded: `input_ids` `(L,)` on the host and what its images need.
+
+    Attributes:
+        position_ids: `(3, L)`; or `mm_token_type_ids` `(L,)` to make them from.
+        image_grid_thw: `(I, 3)` with `pixel_values` `(P, width)` or `image_features` `(T, D)`.
+        image_keys: one per image; equal keys mean equal images. Made from the pixels when absent.
+        embeds: `(L, D)`, when the caller has already put the visual tokens in their places.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor | None = None
+    mm_token_type_ids: torch.Tensor | None = None
+    image_grid_thw: torch.Tensor | None = None
+    pixel_values: torch.Tensor | None = None
+    image_features: torch.Tensor | None = None
+    image_keys: tuple[str, ...] | None = None
+    embeds: torch.Tensor | None = None
+
+    FIELDS = ("input_ids", "position_ids", "mm_token_type_ids", "image_grid_thw", "pixel_values", "image_features")
+
+    @classmethod
+    def of(cls, given: Any) -> Prompt:
+        """From a processor's output for one question, an encoded sample, or a prompt.
+
+        Raises:
+            ValueError: more than one prompt, padding inside it, or neither of the known kinds.
+        """
+        if isinstance(given, Prompt):
+            return given
+        get = given.get if isinstance(given, Mapping) else lambda name: getattr(given, name, None)
+        values = {name: get(name) for name in cls.FIELDS}
+        if values["input_ids"] is None:
+            raise ValueError(
+                f"prompt: expected a processor's output with input_ids, an encoded sample, or (question, images) with "
+                f"a decoder that has a processor; got {type(given).__name__}"
+            )
+        mask = get("attention_mask")
+        for name in ("input_ids", "mm_token_type_ids"):
+            values[name] = one_row(name, values[name])
+        if mask is not None:
+            keep = one_row("attention_mask", mask).bool()
+            if not bool(keep.all()):
+                values = {n: v[..., keep] if n in ("input_ids", "mm_token_type_ids") and v is not None else v
+                          for n, v in values.items()}  # fmt: skip
+                positions = values["position_ids"]
+                if positions is not None:
+                    values["position_ids"] = positions.reshape(3, -1)[:, keep]
+        if values["position_ids"] is not None:
+            values["position_ids"] = values["position_ids"].reshape(3, -1)
+        for name in ("image_grid_thw", "pixel_values", "image_features"):
+            if values[name] is not None and not len(values[name]):
+                values[name] = None
+        keys = get("image_keys")
+        return cls(**values, image_keys=None if keys is None else tuple(keys))
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+    def image_ids(self, merge: int = 2) -> tuple[str, ...]:
+        """One key per image: the caller's, or a digest of what the image is given by."""
+        if self.image_keys is None:
+            self.image_keys = tuple(digest(part, grid) for part, grid in self.image_parts(merge))
+        return self.image_keys
+
+    def image_parts(self, merge: int = 2) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Each image's pixels or features, and its grid."""
+        if self.image_grid_thw is None:
+            return []
+        source = self.pixel_values if self.pixel_values is not None else self.image_features
+        if source is None:
+            raise ValueError("image_grid_thw without pixel_values or image_features")
+        sizes = [int(t * h * w) for t, h, w in self.image_grid_thw.tolist()]
+        if self.pixel_values is None:
+            sizes = [size // merge**2 for size in sizes]
+        if sum(sizes) != len(source):
+            name = "pixel_values" if self.pixel_values is not None else "image_features"
+            raise ValueError(f"{name}: expected {sum(sizes)} rows for image_grid_thw, got {len(source)}")
+        return list(zip(source.split(sizes), self.image_grid_thw))
+
+
+def one_row(name: str, value: torch.Tensor | None) -> torch.Tensor | None:
+    if value is None:
+        return None
+    if value.dim() == 2 and value.shape[0] != 1:
+        raise ValueError(
+            f"{name}: expected one prompt, (L,) or (1, L), got {tuple(value.shape)}; pass a list of prompts"
+        )
+    value = value.reshape(-1)
+    if not len(value):
+        raise ValueError(f"{name}: expected at least one token, got none")
+    return value
+
+
+def digest(part: torch.Tensor, grid: torch.Tensor) -> str:
+    values = part.detach().contiguous().cpu()
+    hashed = hashlib.blake2b(values.view(torch.uint8).numpy(), digest_size=16)
+    hashed.update(str((values.dtype, tuple(values.shape), grid.tolist())).encode())
+    return hashed.hexdigest()
+
+
+@dataclass
+class Request:
+    """A prompt and how to answer it; made by `LatentDecoder.request`."""
+
+    prompt: Prompt
+    sampling: SamplingSettings
+    max_new_tokens: int
+    eos_token_ids: Sequence[int]
+    latent_steps: int
+    seed: int = 0
+    force_latent: bool = False
+    latents: torch.Tensor | None = None  # (N, D)
+    return_latents: bool = False
+
+
+@dataclass
+class Generation:
+    """An answer.
+
+    Attributes:
+        index: of the prompt in the call, or the ticket of `submit`.
+        tokens: emitted ids; latent positions hold `<|lvr|>` in clean mode, ghosts in parity mode.
+        latent: per token, whether its position is a latent one.
+        finish_reason: `eos`, `max_new_tokens`, `max_length` (no room left in the cache) or `cancelled`.
+        text: decoded answer without special tokens, when the decoder has a processor.
+        latents, probes: with `return_latents`, `(spans, N, D)`: states consumed by the slots, and hidden states at the
+            slots. step_hidden: `(tokens, D)` hidden states whose logits gave each token.
+    """
+
+    index: int
+    prompt_length: int
+    tokens: list[int] = field(default_factory=list)
+    latent: list[bool] = field(default_factory=list)
+    finish_reason: str | None = None
+    text: str | None = None
+    latents: torch.Tensor | None = None
+    probes: torch.Tensor | None = None
+    step_hidden: torch.Tensor | None = None
+
+    @property
+    def latent_steps_taken(self) -> int:
+        return sum(self.latent)
+
+
+@dataclass(frozen=True)
+class Emitted:
+    """One position of a stream: `token` at a text position, `latent` at a latent one; `generation` with the last."""
+
+    index: int
+    token: int
+    latent: bool
+    generation: Generation | None = None

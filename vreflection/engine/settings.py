@@ -1,0 +1,92 @@
+"""Settings of one request: the caller's over the generation config's; what is not supported is refused by name."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+
+from ..decoding import MAX_END_IDS, SamplingSettings
+from ..errors import ConfigError
+
+IGNORED_HOST_ARGUMENTS = {"use_cache", "synced_gpus", "tokenizer", "num_return_sequences", "num_beams"}
+SUPPORTED = {
+    "max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty",
+    "eos_token_id", "pad_token_id",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ResolvedSettings:
+    sampling: SamplingSettings
+    max_new_tokens: int
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int
+
+
+def resolve_settings(config, settings: dict) -> ResolvedSettings:
+    """Settings from arguments over a generation config.
+
+    Raises:
+        ConfigError: unknown or impossible settings.
+    """
+    for name in ("num_beams", "num_return_sequences"):
+        if (settings.get(name) or 1) != 1:
+            raise ConfigError(f"{name}: latent decoding supports 1, got {settings[name]}")
+    unknown = {name for name, value in settings.items() if value is not None} - SUPPORTED - IGNORED_HOST_ARGUMENTS
+    if unknown:
+        raise ConfigError(f"generate: unsupported settings {sorted(unknown)}; supported: {sorted(SUPPORTED)}")
+
+    def value(name, default):
+        for candidate in (settings.get(name), getattr(config, name, None)):
+            if candidate is not None:
+                return candidate
+        return default
+
+    max_new_tokens = int(value("max_new_tokens", 512))
+    if max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
+    eos = value("eos_token_id", [])
+    eos = tuple(int(e) for e in eos) if isinstance(eos, (list, tuple)) else (int(eos),)
+    if len(eos) > MAX_END_IDS:
+        raise ConfigError(f"eos_token_id: expected at most {MAX_END_IDS} ids, got {len(eos)}")
+    do_sample = bool(value("do_sample", False))
+    sampling = SamplingSettings(
+        do_sample=do_sample,
+        # The host's default top_k = 50 and the like matter only when sampling.
+        temperature=float(value("temperature", 1.0)) if do_sample else 1.0,
+        top_k=int(value("top_k", 0)) if do_sample else 0,
+        top_p=float(value("top_p", 1.0)) if do_sample else 1.0,
+        repetition_penalty=float(value("repetition_penalty", 1.0)),
+    )
+    pad = value("pad_token_id", eos[0] if eos else 0)
+    return ResolvedSettings(sampling, max_new_tokens, eos, int(pad))
+
+
+def resolve_latent_steps(config, latent_steps: int | None, allow_other: bool, stacklevel: int = 3) -> int:
+    """Number of latents per span: the checkpoint's, or another one on explicit wish and with a warning."""
+    trained = 0 if config.traits.slot_input == "none" else config.num_latent_tokens
+    steps = trained if latent_steps is None else latent_steps
+    if steps < 0:
+        raise ValueError(f"latent_steps: expected at least 0, got {steps}")
+    if steps != trained:
+        if not allow_other:
+            raise ConfigError(
+                f"latent_steps: this checkpoint was trained with {trained}, got {steps}; models collapse when decoded "
+                "with another number, pass allow_other_latent_steps=True to do it all the same"
+            )
+        warnings.warn(f"decoding with {steps} latent steps, trained with {trained}", stacklevel=stacklevel)
+    return steps
+
+
+def given_latents(model, steps: int, latents: torch.Tensor | None, batch: int) -> torch.Tensor | None:
+    """States `(batch, N, D)` to feed inside spans where they are not the model's own, or None."""
+    config = model.config
+    if latents is not None:
+        if latents.dim() != 3 or latents.shape[:2] != (batch, steps) or latents.shape[2] != config.hidden_width:
+            raise ValueError(f"latents: expected ({batch}, {steps}, {config.hidden_width}), got {tuple(latents.shape)}")
+        return latents if steps else None
+    if config.traits.slot_input == "embedding" and steps:
+        return model.get_input_embeddings().weight[config.lvr_id].detach().expand(batch, steps, -1)
+    return None
