@@ -88,13 +88,17 @@ def interleaved(benchmark, ceilings):
     """`interleaved({"ours": f, "reference": g}, base="reference")` times the functions in turn in one run.
 
     The first function is the benchmark's own row. `work=(bytes, flops)` of one call and `dtype` add the speed of light.
-    Nothing is asserted about time.
+    `before` holds what to do, untimed, before each call of a function. Nothing is asserted about time.
     """
 
-    def run(functions: dict, base: str, rounds: int = 7, work=None, dtype=torch.float32) -> dict[str, float]:
+    def run(
+        functions: dict, base: str, rounds: int = 7, work=None, dtype=torch.float32, before=None
+    ) -> dict[str, float]:
         seconds: dict[str, list[float]] = {name: [] for name in functions}
         for turn in range(rounds + 1):
             for name, function in functions.items():
+                if before is not None:
+                    before[name]()
                 taken = seconds_of(function)
                 if turn:  # the first turn warms up
                     seconds[name].append(taken)

@@ -1,13 +1,16 @@
 #!/usr/bin/env bash
 # One command on a machine with a GPU, its torch already installed and no internet: install, GPU tests, benchmarks, table.
 # Full results go to $OUT (default bench/results/gpu), at most eight files; a short table is printed last. DRY=1 only
-# prints the plan. PARTS="tests" or PARTS="bench" runs one half, where a command may take ten minutes at most.
+# prints the plan. PARTS="tests", "bench", "decode-tests" or "decode" runs only that, where a command may take ten minutes
+# at most; SIZES="7b" or "3b" runs half of "decode".
 set -uo pipefail
 cd "$(dirname "$0")/.."
 OUT=${OUT:-bench/results/gpu}
 mkdir -p "$OUT"
 export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
-PARTS=${PARTS:-tests bench}
+PARTS=${PARTS:-tests bench decode-tests decode}
+SIZES=${SIZES:-7b 3b}
+wanted() { [[ " $PARTS " == *" $1 "* ]]; }
 summary=()
 part() { # name, seconds, command…; every part's output is appended to one log
   local name=$1 limit=$2 log
@@ -23,12 +26,15 @@ part() { # name, seconds, command…; every part's output is appended to one log
 bench() { part "$1" "$2" python3 -m pytest -q -s "bench/$1.py" --benchmark-json="$OUT/$1.json"; }
 part install 90 python3 -m pip install --no-deps --no-build-isolation -e .
 part versions 60 python3 -m vreflection info --json
-if [[ $PARTS == *tests* ]]; then
-  part gpu_tests 300 python3 -m pytest -q -m gpu tests --maxfail=20
+if wanted tests; then
+  part gpu_tests 300 python3 -m pytest -q -m gpu tests --maxfail=20 --ignore-glob='tests/test_gpu_decode*'
   part race_check 120 compute-sanitizer --tool racecheck --error-exitcode 9 \
     python3 -m pytest -q -m gpu tests/test_gpu_ops.py -k "shipped and 0"
 fi
-if [[ $PARTS == *bench* ]]; then
+if wanted decode-tests; then
+  part decode_tests 400 python3 -m pytest -q -m gpu tests/test_gpu_decode*.py --maxfail=20
+fi
+if wanted bench; then
   bench bench_probe_attention 180
   bench bench_region_attention 100
   bench bench_roi_align 40
@@ -37,7 +43,13 @@ if [[ $PARTS == *bench* ]]; then
   bench bench_boundary 30
   bench bench_decode 60
 fi
-if [[ -z "${DRY:-}" && $PARTS == *bench* ]]; then
+if wanted decode; then
+  for size in $SIZES; do # each bounds itself to BENCH_SECONDS; the rest is for building and what is under way
+    part "decode_$size" 420 python3 -m pytest -q -s bench/bench_decode_shapes.py -k "$size" \
+      --benchmark-json="$OUT/bench_decode_$size.json"
+  done
+fi
+if [[ -z "${DRY:-}" ]] && { wanted bench || wanted decode; }; then
   python3 bench/report.py "$OUT"/bench_*.json --markdown "$OUT/table.md" --plot "$OUT/growth.svg" \
     > /dev/null 2>> "$OUT/log.txt"
   python3 - "$OUT" <<'PY'

@@ -1,0 +1,269 @@
+"""One decode step at the sizes of Qwen2.5-VL 3B and 7B, random weights: steps, tiers, the host library's `generate`.
+
+`pytest bench/bench_decode_shapes.py -s`. A row is one call of several steps; time per step and tokens per second are
+in its extra info. Speed of light: every weight and every cached key and value read once. Without a GPU a tiny model
+shows that the suite runs, and nothing else. BENCH_SECONDS bounds the time per model size.
+"""
+
+import gc
+import os
+import time
+from dataclasses import dataclass
+
+import pytest
+import torch
+from transformers import DynamicCache, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, StaticCache
+
+from vreflection.decoding.tiers import available_tiers, choose_tier
+from vreflection.errors import ConfigError
+from vreflection.model.modeling import VReflectionForConditionalGeneration
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+DTYPE = torch.bfloat16 if CUDA else torch.float32
+STEP_NAMES = ("fused", "model") if CUDA else ("torch", "model")
+SECONDS = float(os.environ.get("BENCH_SECONDS", "280"))
+SPAN = 8  # latents of a span, and text steps of a call
+SLACK = 64  # free cache columns past the context
+
+
+@dataclass(frozen=True)
+class Size:
+    width: int
+    mlp: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+    tied: bool
+
+    @property
+    def head_width(self) -> int:
+        return self.width // self.heads
+
+
+SIZES = {
+    "7b": Size(3584, 18944, 28, 28, 4, 152064, False),
+    "3b": Size(2048, 11008, 36, 16, 2, 151936, True),
+    "tiny": Size(64, 96, 2, 4, 2, 320, False),
+}
+if CUDA:
+    CONTEXTS, SIZE_NAMES, BATCHES = {"1k": 1000, "5k": 5000, "16k": 16000}, ("7b", "3b"), (1, 4, 16, 32)
+else:
+    CONTEXTS, SIZE_NAMES, BATCHES = {"40": 40}, ("tiny",), (1, 3)
+FIRST = next(iter(CONTEXTS))
+
+
+def cases():
+    """Of each size what matters most first: the time may run out."""
+    for size in SIZE_NAMES:
+        for context in CONTEXTS:
+            for batch in BATCHES:
+                yield from ((size, batch, context, kind) for kind in ("text", "latent", "span"))
+            if context == FIRST:
+                yield size, 1, context, "compiled"
+
+
+def build_host(size: Size) -> Qwen2_5_VLForConditionalGeneration:
+    """Random weights, made where they stay; a vision tower of one layer."""
+    half = size.head_width // 2
+    sections = [half - 2 * (3 * half // 8), 3 * half // 8, 3 * half // 8]
+    config = Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": size.vocabulary,
+            "hidden_size": size.width,
+            "intermediate_size": size.mlp,
+            "num_hidden_layers": size.layers,
+            "num_attention_heads": size.heads,
+            "num_key_value_heads": size.kv_heads,
+            "rope_theta": 1e6,
+            "rope_scaling": {"type": "default", "mrope_section": sections, "rope_type": "default"},
+            "max_position_embeddings": 128000,
+            "tie_word_embeddings": size.tied,
+            "bos_token_id": None,
+            "eos_token_id": None,
+        },
+        vision_config={"depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 14,
+                       "fullatt_block_indexes": [0], "out_hidden_size": size.width},
+        tie_word_embeddings=size.tied,
+        image_token_id=size.vocabulary - 1,
+        video_token_id=size.vocabulary - 2,
+        vision_start_token_id=size.vocabulary - 3,
+        vision_end_token_id=size.vocabulary - 4,
+    )  # fmt: skip
+    kept = torch.get_default_dtype()
+    torch.set_default_dtype(DTYPE)
+    try:
+        with torch.device(DEVICE):
+            torch.manual_seed(0)
+            return Qwen2_5_VLForConditionalGeneration(config).eval()
+    finally:
+        torch.set_default_dtype(kept)
+
+
+def with_latents(host, size: Size) -> VReflectionForConditionalGeneration:
+    """Ours, on the host's parameters."""
+    ids = {name: size.vocabulary - 5 - i for i, name in enumerate(
+        ("lvr_start_id", "lvr_id", "lvr_latent_end_id", "lvr_end_id"))}  # fmt: skip
+    return VReflectionForConditionalGeneration.from_base(
+        host, "stage1", num_latent_tokens=SPAN, resampler_num_heads=1, **ids
+    )
+
+
+def work_of(model, size: Size, batch: int, context: int, steps: int, text: bool) -> tuple[int, int]:
+    """Fewest bytes and flops: weights once per step, the cache of every row once, the new rows' products."""
+    decoder = model.model.language_model
+    read = [*decoder.layers.parameters(), *decoder.norm.parameters()]
+    if text:
+        read += [model.get_output_embeddings().weight]
+    cached = batch * context * 2 * size.kv_heads * size.head_width * size.layers * DTYPE.itemsize
+    flops = 2 * batch * sum(p.numel() for p in read) + 4 * batch * context * size.width * size.layers
+    return steps * (sum(p.nbytes for p in read) + cached), steps * flops
+
+
+class HostGenerate:
+    """The host's `generate` on a cache of random content, so that no prompt has to be consumed."""
+
+    def __init__(self, host, size: Size, batch: int, context: int, static: bool):
+        text = host.config.get_text_config()
+        self.host, self.context = host, context
+        self.ids = torch.randint(0, size.vocabulary - 9, (batch, context + 1), device=DEVICE)
+        self.cache = StaticCache(config=text, max_cache_len=context + SLACK) if static else DynamicCache(config=text)
+        shape = (batch, size.kv_heads, context, size.head_width)
+        for layer in range(size.layers):
+            self.cache.update(*(torch.randn(shape, device=DEVICE, dtype=DTYPE) for _ in range(2)), layer)
+
+    def rewind(self) -> None:
+        for layer in self.cache.layers:
+            if isinstance(self.cache, StaticCache):
+                layer.cumulative_length.fill_(self.context)
+            else:
+                layer.keys, layer.values = (t[:, :, : self.context] for t in (layer.keys, layer.values))
+
+    @torch.no_grad()
+    def __call__(self) -> torch.Tensor:
+        return self.host.generate(
+            self.ids, attention_mask=torch.ones_like(self.ids), past_key_values=self.cache, do_sample=False,
+            max_new_tokens=SPAN, min_new_tokens=SPAN, pad_token_id=0,
+        )  # fmt: skip
+
+
+class Bench:
+    """The model, and the decoders of one batch and context: one of each at a time, because they are large."""
+
+    def __init__(self):
+        self.size, self.point, self.decoders, self.spent = None, None, {}, {}
+
+    def load(self, name: str) -> None:
+        if self.size != name:
+            self.unload()
+            self.host = build_host(SIZES[name])
+            self.model = with_latents(self.host, SIZES[name])
+            self.size = name
+
+    def unload(self) -> None:
+        self.point, self.decoders = None, {}
+        self.size = self.host = self.model = None
+        release()
+
+    def at(self, batch: int, context: int) -> dict:
+        """`{step name: (decoder, {tier name: tier})}`."""
+        from vreflection import LatentDecoder
+
+        if self.point != (batch, context):
+            self.decoders = {}
+            release()
+            usable = [tier for tier, reason in available_tiers(DEVICE).items() if reason is None]
+            for step in STEP_NAMES:
+                try:
+                    decoder = LatentDecoder(
+                        self.model, max_batch_size=batch, max_length=context + SLACK, step=step, tier=usable[-1]
+                    )
+                except ConfigError as error:
+                    print(f"\nno {step} step: {error}")
+                    continue
+                # One cache for all tiers of a step.
+                self.decoders[step] = decoder, {tier: choose_tier(tier, DEVICE) for tier in usable}
+            self.point = batch, context
+        return self.decoders
+
+
+def release() -> None:
+    gc.collect()
+    if CUDA:
+        torch.cuda.empty_cache()
+
+
+@pytest.fixture(scope="module")
+def bench():
+    made = Bench()
+    yield made
+    made.unload()
+
+
+@pytest.fixture
+def boxed(bench, size):
+    """Skips once a model size has used up its time; what is left out is named in the log."""
+    if bench.spent.get(size, 0.0) > SECONDS:
+        pytest.skip(f"the {SECONDS:g} s of {size} are used up (BENCH_SECONDS)")
+    begin = time.perf_counter()
+    yield
+    bench.spent[size] = bench.spent.get(size, 0.0) + time.perf_counter() - begin
+
+
+def engine_or_skip():
+    import vreflection
+
+    if not hasattr(getattr(vreflection, "LatentDecoder", None), "warm_start"):
+        pytest.skip("needs LatentDecoder.warm_start")
+
+
+def timed_variants(bench, batch: int, context: int, steps: int, latent: bool, eager: bool) -> tuple[dict, dict]:
+    """Name to call, and to what comes before it untimed: the same rows and lengths, whatever ran last."""
+    calls, before = {}, {}
+
+    def add(name, decoder, tier):
+        def prepare():
+            decoder.tier = tier
+            decoder.warm_start([context] * batch)
+
+        calls[name], before[name] = lambda: decoder.run_steps(steps, latent=latent), prepare
+
+    for step, (decoder, tiers) in bench.at(batch, context).items():
+        for tier in ("graph", "loop", "eager"):
+            if tier in tiers and (tier != "eager" or eager):
+                add(f"{step} {tier}", decoder, tiers[tier])
+    return calls, before
+
+
+def tell(benchmark, medians: dict[str, float], batch: int, context: int, steps: int) -> None:
+    """Time per step and tokens per second, beside the fixture's own numbers."""
+    told = {name: {"step_ms": 1e3 * s / steps, "tokens_per_s": batch * steps / s} for name, s in medians.items()}
+    benchmark.extra_info.update({"batch": batch, "context": context, "steps": steps, "per_step": told})
+    light = 1e3 * benchmark.extra_info["speed_of_light_s"] / steps
+    shown = [f"{name} {t['step_ms']:.3g} ms, {t['tokens_per_s']:.0f}/s" for name, t in told.items()]
+    print(f"  per step of {batch} x {context}: {'; '.join(shown)}; speed of light {light:.3g} ms")
+
+
+@pytest.mark.parametrize(("size", "batch", "context", "kind"), list(cases()))
+def test_decode_step(interleaved, benchmark, bench, boxed, size, batch, context, kind):
+    """`text`: steps that pick a token. `latent`: single steps that do not. `span`: a whole span in one go.
+
+    `compiled`: text again, against the host's fastest, a static cache that it compiles where there is a GPU.
+    """
+    engine_or_skip()
+    bench.load(size)
+    length, steps, text = CONTEXTS[context], 1 if kind == "latent" else SPAN, kind in ("text", "compiled")
+    # Eager steps wait for Python, whatever the batch: two points tell all. So do the host's.
+    eager = not CUDA or (context == FIRST and batch in (1, 32))
+    calls, before = timed_variants(bench, batch, length, steps, not text, eager and not (CUDA and kind == "compiled"))
+    base = list(calls)[-1]
+    if text and eager:
+        static = kind == "compiled"
+        base = "host generate" + (", static and compiled" if CUDA else ", static") * static
+        host = HostGenerate(bench.host, SIZES[size], batch, length, static)
+        assert host().shape == (batch, length + 1 + SPAN)
+        calls[base], before[base] = host, host.rewind
+    work = work_of(bench.model, SIZES[size], batch, length, steps, text)
+    medians = interleaved(calls, base, 5 if CUDA else 3, work, DTYPE, before)
+    tell(benchmark, medians, batch, length, steps)
