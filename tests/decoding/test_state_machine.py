@@ -1,13 +1,26 @@
 """The batched decode loop against one row at a time in plain Python, on a toy step in exact integer arithmetic."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vreflection.decoding import DecodeRules, DecodeState, SamplingSettings, decode
+from vreflection.decoding import (
+    NOTHING,
+    DecodeBuffers,
+    DecodeProgram,
+    DecodeRules,
+    DecodeState,
+    PickPlan,
+    ProgramKey,
+    SamplingRows,
+    SamplingSettings,
+    advance,
+    pick_from_logits,
+    read_emission,
+)
 
 PAD, EOS, OTHER_EOS, START, LVR, VOCABULARY = 0, 1, 2, 10, 11, 12
 PRIME = 101
@@ -31,18 +44,22 @@ def scores_of(hidden, table):
 
 class ToyStep:
     def __init__(self, states, table):
-        self.states, self.table = states, table
+        self.states, self.table, self.picks = states, table, []
 
     def embed(self, ids):
         return torch.tensor([embedding(t) for t in ids.tolist()], dtype=torch.float64)
 
-    def forward(self, inputs, positions):
+    def forward(self, inputs, positions, length, extent):
         rows = zip(self.states.long().tolist(), inputs.long().tolist(), positions.tolist(), strict=True)
         self.states = torch.tensor([recur(*row) for row in rows], dtype=torch.float64)
         return self.states.clone()
 
     def logits(self, hidden):
         return torch.tensor([scores_of(h, self.table) for h in hidden.long().tolist()], dtype=torch.float64)
+
+    def pick(self, hidden, needed, rows, plan, state):
+        self.picks.append(needed.clone())
+        return pick_from_logits(self.logits(hidden), rows, plan, state)
 
 
 @dataclass
@@ -93,6 +110,74 @@ def oracle(prompt, limit, table, steps, mode, penalty=1.0, force=False, given_la
         position += 1
 
 
+@dataclass
+class Trace:
+    """What a batch emitted, per row, until each row's end."""
+
+    tokens: list
+    latent: list
+    hidden: list
+    fed: list
+    lasts: list
+
+
+def drive(step, first, rules, sampling, forced=None, given=None, ring=4):
+    """Decode rows until all have finished, the way an engine does: a first pick, then programs of `ring` steps.
+
+    Args:
+        first: state after the prompt, its tensors `(B, ...)`. forced: first tokens, -1 for none. given: `(B, N, D)`.
+    """
+    rows, width = first.z.shape
+    settings, plan = SamplingRows.of([sampling] * rows, [0] * rows), PickPlan.of([sampling])
+    picked = step.pick(first.z, ~first.finished, settings, plan, first)
+    if forced is not None:
+        picked = torch.where(forced >= 0, forced, picked)
+    state, emitted = advance(first, rules, first.z, picked)
+    buffers = DecodeBuffers.allocate(rows, width, first.z.dtype, "cpu", ring)
+    buffers.state, buffers.sampling = replace(state, z=state.z.clone()), settings
+    buffers.hidden = torch.zeros(ring, rows, width, dtype=first.z.dtype)
+    if given is not None:
+        buffers.given, buffers.has_given = given, torch.ones(rows, dtype=torch.bool)
+    program = DecodeProgram(step, buffers, rules, ProgramKey(rows, 1, plan=plan, record=True, given=given is not None))
+    fed, plain = [], program.step.forward
+    program.step.forward = lambda inputs, *rest: (fed.append(inputs.clone()), plain(inputs, *rest))[1]
+    lines, hidden = [emitted], [first.z.clone()]
+    while not bool(program.rows.finished.all()):
+        buffers.rewind()
+        buffers.budget.fill_(ring)
+        for call in range(ring):
+            program()
+            assert bool(buffers.running) == (call + 1 < ring and not bool(program.rows.finished.all()))
+        lines += buffers.emitted.clone()
+        hidden += buffers.hidden.clone()
+    trace = Trace([], [], [], [], [])
+    for row in range(rows):
+        numbers = [int(line[row]) for line in lines]
+        count = numbers.index(NOTHING) if NOTHING in numbers else len(numbers)
+        assert all(number == NOTHING for number in numbers[count:]), "a finished row spoke again"
+        tokens, latent, last = zip(*(read_emission(number) for number in numbers[:count]))
+        assert last == (*[False] * (count - 1), True)
+        trace.tokens.append(list(tokens))
+        trace.latent.append(list(latent))
+        trace.hidden.append([h[row] for h in hidden[:count]])
+        trace.fed.append([f[row] for f in fed[: count - 1]])
+    return trace
+
+
+def after_prompt(last, states, positions, limits, steps, ends, seen=None, capacity=None):
+    state = DecodeState.idle(len(last), states.shape[1], states.dtype)
+    state.finished.fill_(False)
+    state.latent_steps.fill_(steps)
+    state.max_new_tokens.copy_(torch.tensor(limits))
+    state.end_ids[:, : len(ends)] = torch.tensor(ends)
+    state.last_token.copy_(torch.tensor(last))
+    state.position.copy_(torch.tensor(positions))
+    state.length.copy_(torch.tensor(positions))
+    state.capacity.fill_(10**6 if capacity is None else capacity)
+    state.z, state.seen = states, seen
+    return state
+
+
 def run(prompts, limits, table, steps, mode, penalty=1.0, force=False, given_latents=None):
     states, seen = [], torch.zeros(len(prompts), VOCABULARY, dtype=torch.bool)
     for n, prompt in enumerate(prompts):
@@ -102,47 +187,33 @@ def run(prompts, limits, table, steps, mode, penalty=1.0, force=False, given_lat
             seen[n, token] = True
         states.append(hidden)
     states = torch.tensor(states, dtype=torch.float64)
-    state = DecodeState.after_prompt(
-        torch.tensor([p[-1] for p in prompts]),
-        states,
-        torch.tensor([len(p) for p in prompts]),
-        seen if penalty != 1.0 else None,
+    lengths = [len(p) for p in prompts]
+    state = after_prompt(
+        [p[-1] for p in prompts], states, lengths, limits, steps, [EOS, OTHER_EOS], seen if penalty != 1.0 else None
     )
-    rules = DecodeRules(steps, START, LVR, PAD, torch.tensor([EOS, OTHER_EOS]), mode, torch.tensor(limits))
+    rules = DecodeRules(START, LVR, PAD, mode)
     latents = None if given_latents is None else torch.tensor(given_latents, dtype=torch.float64)
-    return decode(
-        ToyStep(states, table),
-        state,
-        rules,
-        SamplingSettings(repetition_penalty=penalty),
-        forced_first=torch.full((len(prompts),), START) if force else None,
-        latent_inputs=latents,
-        record=True,
-    )
+    forced = torch.full((len(prompts),), START) if force else None
+    step = ToyStep(states, table)
+    return drive(step, state, rules, SamplingSettings(repetition_penalty=penalty), forced, latents), step
 
 
 def compare(prompts, limits, table, steps, mode, penalty=1.0, force=False, given_latents=None):
-    trace = run(prompts, limits, table, steps, mode, penalty, force, given_latents)
-    tokens, latent = torch.stack(trace.tokens, 1).tolist(), torch.stack(trace.latent, 1).tolist()
-    hidden = torch.stack(trace.hidden, 1).long().tolist()
+    trace, step = run(prompts, limits, table, steps, mode, penalty, force, given_latents)
     rows = [
         oracle(p, limit, table, steps, mode, penalty, force, None if given_latents is None else given_latents[n])
         for n, (p, limit) in enumerate(zip(prompts, limits))
     ]
-    length = max(len(r.tokens) for r in rows)
-    assert len(trace.tokens) == length
     for n, row in enumerate(rows):
-        count = len(row.tokens)
-        assert tokens[n] == row.tokens + [PAD] * (length - count)
-        assert latent[n] == row.latent + [False] * (length - count)
-        assert hidden[n][:count] == row.hidden
-        assert [fed[n].long().tolist() for fed in trace.fed[: count - 1]] == row.fed
-        assert [bool(flag[n]) for flag in trace.fed_latent[: count - 1]] == row.latent[: count - 1]
-    if mode == "clean":
-        picks = [any(t < len(r.tokens) and not r.latent[t] for r in rows) for t in range(length)]
-        assert trace.lm_head_calls == sum(picks)
-    else:
-        assert trace.lm_head_calls == length
+        assert trace.tokens[n] == row.tokens
+        assert trace.latent[n] == row.latent
+        assert [h.long().tolist() for h in trace.hidden[n]] == row.hidden
+        assert [f.long().tolist() for f in trace.fed[n]] == row.fed
+        # What a step asks for: a token exactly where the row says one, nothing inside spans or after the end.
+        needed = [bool(asked[n]) for asked in step.picks[1:]]
+        count = len(row.tokens) - 1
+        wanted = [mode == "parity" or not latent for latent in row.latent[1:]]
+        assert needed[:count] == wanted and not any(needed[count:])
     return rows
 
 
@@ -169,27 +240,27 @@ class ScriptStep:
     """Wants the script's tokens one after another, whatever it is fed; hidden state t holds t in every channel."""
 
     def __init__(self, script):
-        self.script, self.fed, self.positions = script, [], []
+        self.script, self.fed, self.positions, self.lengths = script, [], [], []
 
     def embed(self, ids):
         return -ids[:, None].double()
 
-    def forward(self, inputs, positions):
+    def forward(self, inputs, positions, length, extent):
         self.fed.append(inputs[0, 0].item())
         self.positions.append(positions[0].item())
+        self.lengths.append(length[0].item())
         return torch.full_like(inputs, len(self.fed))
 
-    def logits(self, hidden):
-        wanted = self.script[int(hidden[0, 0])]
-        return torch.nn.functional.one_hot(torch.tensor([wanted]), VOCABULARY).double()
+    def pick(self, hidden, needed, rows, plan, state):
+        wanted = self.script[min(int(hidden[0, 0]), len(self.script) - 1)]
+        return torch.tensor([wanted])
 
 
-def script(tokens, mode="clean", steps=3, limit=20, last=5, **options):
+def script(tokens, mode="clean", steps=3, limit=20, last=5, forced=None, given=None, capacity=None):
     step = ScriptStep(tokens)
-    state = DecodeState.after_prompt(torch.tensor([last]), torch.zeros(1, 1).double(), torch.tensor([40]))
-    rules = DecodeRules(steps, START, LVR, PAD, torch.tensor([EOS]), mode, torch.tensor([limit]))
-    trace = decode(step, state, rules, SamplingSettings(), **options)
-    return [int(t) for t in trace.tokens], step, trace
+    state = after_prompt([last], torch.zeros(1, 1).double(), [40], [limit], steps, [EOS], capacity=capacity)
+    trace = drive(step, state, DecodeRules(START, LVR, PAD, mode), SamplingSettings(), forced, given, ring=1)
+    return trace.tokens[0], step, trace
 
 
 def test_exactly_n_latents_follow_the_start_token():
@@ -200,7 +271,7 @@ def test_exactly_n_latents_follow_the_start_token():
         # z1 is the state after the start token (1), z2 the state after z1 (2), ...
         assert step.fed == [-START, *range(1, steps + 1), -7]
         assert step.positions == list(range(40, 40 + len(step.fed)))
-        assert trace.lm_head_calls == 3
+        assert step.lengths == step.positions and trace.latent == [[False, *[True] * steps, False, False]]
         assert script([START, *ghosts, 7, EOS], "parity", steps)[0] == [START, *ghosts, 7, EOS]
 
 
@@ -235,22 +306,22 @@ def test_limits():
     for limit in (1, 2, 3, 4, 5, 6):  # ghosts do, and may be cut off
         tokens, step, trace = script(endless, "parity", limit=limit)
         assert tokens == endless[:limit] and len(step.fed) == limit - 1
-        assert not bool(trace.latent[-1])
+        assert not trace.latent[0][-1]
 
 
 def test_a_forced_start():
-    tokens, step, _ = script([7, 6, 6, 6, 8, EOS], forced_first=torch.tensor([START]))
+    tokens, step, _ = script([7, 6, 6, 6, 8, EOS], forced=torch.tensor([START]))
     assert tokens == [START, LVR, LVR, LVR, 8, EOS] and step.fed[0] == -START
 
 
 def test_rows_without_a_forced_start_pick_their_own():
-    tokens, step, _ = script([7, START, 6, 6, 6, EOS], forced_first=torch.tensor([-1]))
+    tokens, step, _ = script([7, START, 6, 6, 6, EOS], forced=torch.tensor([-1]))
     assert tokens == [7, START, LVR, LVR, LVR, EOS]
 
 
 def test_given_latents_replace_the_rows_own():
-    given_latents = torch.tensor([[[91.0], [92.0], [93.0]]])
-    _, step, _ = script([START, 6, 6, 6, START, 6, 6, 6, EOS], latent_inputs=given_latents)
+    given_latents = torch.tensor([[[91.0], [92.0], [93.0]]]).double()
+    _, step, _ = script([START, 6, 6, 6, START, 6, 6, 6, EOS], given=given_latents)
     assert step.fed == [-START, 91, 92, 93, -START, 91, 92, 93]
 
 
@@ -260,19 +331,38 @@ def test_finished_rows_stay_finished():
     assert len({len(r.tokens) for r in rows}) > 1
 
 
-def test_callback_and_recording():
-    heard = []
-    tokens, _, trace = script(
-        [START, 6, 6, 6, 7, EOS], on_token=lambda ids, latent: heard.append((int(ids), bool(latent)))
-    )
-    assert heard == [(START, False), (LVR, True), (LVR, True), (LVR, True), (7, False), (EOS, False)]
-    assert not trace.hidden and not trace.fed
+def test_the_end_of_the_cache_ends_a_row():
+    """A full cache still gives the token that its last key speaks for; inside a span too."""
+    endless = [START, 6, 6, 6, 7, 8, 9, 9, 9, 9]
+    for room in range(8):
+        tokens, step, trace = script(endless, capacity=40 + room)
+        assert tokens == [START, LVR, LVR, LVR, 7, 8, 9, 9][: room + 1] and len(step.fed) == room
+        assert not trace.latent[0][-1]
+
+
+def test_a_latent_span_equals_as_many_single_steps():
+    """A program without picks, of several steps, emits and leaves behind the same."""
+    rules = DecodeRules(START, LVR, PAD)
+    ends = []
+    for spans in (False, True):
+        step = ScriptStep([START, 6, 6, 6, 7, 8, EOS])
+        state = after_prompt([START], torch.zeros(1, 1).double(), [40], [20], 3, [EOS])
+        buffers = DecodeBuffers.allocate(1, 1, torch.float64, "cpu", 8)
+        buffers.state, buffers.sampling = state, SamplingRows.greedy(1)
+        buffers.budget.fill_(8)
+        if spans:
+            DecodeProgram(step, buffers, rules, ProgramKey(1, 1, steps=3, text=False))()
+        else:
+            for _ in range(3):
+                DecodeProgram(step, buffers, rules, ProgramKey(1, 1))()
+        DecodeProgram(step, buffers, rules, ProgramKey(1, 1))()
+        assert [read_emission(int(n))[0] for n in buffers.emitted[:4, 0]] == [LVR, LVR, LVR, 7]
+        assert int(buffers.budget) == 4 and int(buffers.cursor) == 4
+        ends.append([*buffers.state.tensors(), buffers.emitted, torch.tensor(step.fed)])
+    for single, span in zip(*ends):
+        assert torch.equal(single, span)
 
 
 def test_bad_rules_are_named():
-    for steps, mode, message in (
-        (3, "both", "latent_mode: expected one of"),
-        (-1, "clean", "expected at least 0, got -1"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            DecodeRules(steps, START, LVR, PAD, torch.tensor([EOS]), mode, torch.tensor([1]))
+    with pytest.raises(ValueError, match="latent_mode: expected one of .*, got 'both'"):
+        DecodeRules(START, LVR, PAD, "both")

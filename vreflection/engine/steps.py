@@ -161,13 +161,12 @@ class QwenStep(HostStep):
             y = F.rms_norm(x, (self.width,), w.norm1, w.eps)
             qk = torch.cat([F.linear(y, w.wq, w.bq), F.linear(y, w.wk, w.bk)], dim=1).view(rows, -1, width)
             qk = torch.addcmul(qk * cos, qk.roll(width // 2, dims=2), sin)
-            query, key = qk.split([heads, cache.heads], dim=1)
             keys, values = cache.keys[layer], cache.values[layer]
-            keys.view(-1, width).index_copy_(0, index, key.reshape(-1, width))
+            keys.view(-1, width).index_copy_(0, index, qk[:, heads:].reshape(-1, width))
             values.view(-1, width).index_copy_(0, index, F.linear(y, w.wv, w.bv).view(-1, width))
             # A head group's queries stand in one matrix: its keys are read once.
             mixed = F.scaled_dot_product_attention(
-                query.reshape(grouped), keys[:rows, :, :extent], values[:rows, :, :extent], attn_mask=visible
+                qk[:, :heads].reshape(grouped), keys[:rows, :, :extent], values[:rows, :, :extent], attn_mask=visible
             )
             x = x + F.linear(mixed.reshape(rows, -1), w.wo)
             y = F.rms_norm(x, (self.width,), w.norm2, w.eps)
