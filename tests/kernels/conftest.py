@@ -106,6 +106,21 @@ def poisoned(tensor, row_gap=0):
     return view.copy_(tensor)
 
 
+def assert_written_inside(view):
+    """Nothing but the view itself was written in its `poisoned` buffer. Destroys the view's values."""
+    view.fill_(float("nan"))
+    assert view._base.isnan().all(), "a kernel stored outside its output"
+
+
+def assert_within_budget(truth, got, plain, name=""):
+    """Error at most twice that of the plain path in the same precision, largest and mean, both against float64."""
+    floor = torch.finfo(got.dtype).eps * truth.abs().max()
+    for measure in (torch.max, torch.mean):
+        error = measure((got.double() - truth).abs())
+        allowed = 2 * measure((plain.double() - truth).abs()) + floor
+        assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
+
+
 def assert_close(got, expected, tolerance, name=""):
     """Error relative to the largest expected value; NaN never passes."""
     assert got.shape == expected.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(expected.shape)}"

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,13 +16,21 @@ pytestmark = [
 ]
 ARCHITECTURES = (80, 90, 100)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+# The decode kernels put fewer than the 64 rows of `wgmma` on the M side where more would leave multiprocessors idle.
+ANY_MATRIX_INSTRUCTION = r"mma\.sync|wgmma\.mma_async|tcgen05\.mma"
 MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}
 # The streaming kernels must not spill in 16 bits. In the others ptxas (it varies with its version) trades up to
 # eight words of stack for occupancy.
 STREAMING = ("_region_scores_kernel", "_region_context_kernel")
 STACK_LIMIT = 32
+DECODE_STREAMING = re.compile(
+    "_(norm_linear|linear_add|norm_gate_up|rope_attention|lm_head_pick|lm_head_logits)_kernel"
+)
 # Of the 7B model: width 3584, 8 heads x 8 queries, so these are multiples of 16 at run time as well.
 DIVISIBLE = {"num_rows", "depth", "token_stride", "row_stride", "chunk", "size", "block", "latent_size", "queries"}
+DIVISIBLE |= {"x_stride", "out_stride", "residual_stride", "seen_stride", "qkv_stride", "rope_stride", "columns"}
+DIVISIBLE |= {f"{name}_{part}" for name in ("columns", "biases") for part in range(3)}
+DIVISIBLE |= {f"{name}_{axis}" for name in ("key", "value") for axis in ("row", "head", "column")}
 POINTERS = {
     "spans": "i64",
     "tap_index": "i64",
@@ -32,10 +41,16 @@ POINTERS = {
     **dict.fromkeys(("partial", "weights", "grad_maps", "peak", "total", "scores", "maps", "workspace"), "fp32"),
     **dict.fromkeys(("cells", "tap_weight", "grad_scores", "student_maps", "teacher_maps"), "fp32"),
     **dict.fromkeys(("grad_student", "grad_mse", "grad_kl", "mse_out", "kl_out"), "fp32"),
+    **dict.fromkeys(("x", "norm_weight", "weight", "gate", "up", "residual", "qkv", "keys", "values"), "token"),
+    **{f"{name}_{part}": "token" for name in ("weight", "bias") for part in range(3)},
+    **dict.fromkeys(("cos", "sin", "statistics", "penalty", "temperature", "value", "value_out"), "fp32"),
+    **dict.fromkeys(("needed", "seen", "sample"), "i1"),
+    **dict.fromkeys(("lengths", "key", "token"), "i64"),
+    **dict.fromkeys(("index", "index_out"), "i32"),
 }
 FLOATS = {"eps", "mse_scale", "kl_scale"}
 # `out` holds scores in these, tokens in the others.
-WIDE_OUTPUT = re.compile("_region_(scores|statistics|normalise|sample|splat)_kernel")
+WIDE_OUTPUT = re.compile("_region_(scores|statistics|normalise|sample|splat)_kernel|_lm_head_logits_kernel")
 ROWS = 64
 
 
@@ -77,6 +92,50 @@ def cases(launch):
         yield "region_cells", "_region_splat_kernel", splat, tile, "fp32", "wide"
         yield "region_scores", "_head_mean_kernel", {"KEY_TILE": 128, "QUERY_TILE": 8}, tile, "fp32", "any"
         yield "distillation_loss", "_distillation_sum_kernel", {"STEP": 1024}, tile, "fp32", "any"
+
+
+def decode_products(launch, kind):
+    """Every kernel of the decode step with a weight to read, in every tile it may get."""
+    kernels = {
+        "linear": [
+            ("decode_linear", "_norm_linear_kernel", {"EPS": 1e-6}),
+            ("decode_linear", "_linear_add_kernel", {}),
+        ],
+        "pair": [("decode_linear", "_norm_gate_up_kernel", {"EPS": 1e-6})],
+        "vocabulary": [
+            ("decode_pick", "_lm_head_pick_kernel", {"PENALISE": True, "SAMPLE": True}),
+            ("decode_pick", "_lm_head_logits_kernel", {}),
+        ],
+    }
+    for family, users in kernels.items():
+        for tile in launch.PRODUCT_TILES[family, "32" if kind == "fp32" else "16"]:
+            for module, name, constants in users:
+                yield module, name, constants | tile.tiles, tile, kind, "mma" if tile.dot else "wide"
+
+
+def decode_others(launch, kind):
+    """Attention in both forms and the small kernels, at the 7B head width and 7 queries per key head."""
+    keys, num_warps, num_stages = launch.ATTENTION_TILES["32" if kind == "fp32" else "16"]
+    tile = SimpleNamespace(num_warps=num_warps, num_stages=num_stages)
+    small, norm = (SimpleNamespace(num_warps=warps, num_stages=3) for warps in (4, 8))
+    head = {"HEAD": 128, "HEAD_TILE": 128}
+    group = {"SCALE_LOG2": 0.1275, "GROUP": 7, "GROUP_TILE": 16, "KEY_TILE": keys}
+    for split in (True, False):
+        yield "decode_attention", "_rope_attention_kernel", head | group | {"SPLIT": split}, tile, kind, "mma"
+    combine = head | {"SPLIT_TILE": launch.MAX_SPLITS}
+    yield "decode_attention", "_combine_splits_kernel", combine, small, kind, "wide"
+    yield "decode_linear", "_rms_norm_kernel", {"EPS": 1e-6, "DEPTH_TILE": 4096}, norm, kind, "wide"
+    yield "decode_pick", "_pick_reduce_kernel", {"STEP": 1024}, small, kind, "any"
+
+
+def decode_cases(launch, architecture):
+    """All of them in bfloat16 and float32 for Hopper; elsewhere, and in float16, the last tile of each family."""
+    for kind in ("bf16", "fp16", "fp32"):
+        every = architecture == 90 and kind != "fp16"
+        products = list(decode_products(launch, kind))
+        yield from (products if every else {case[1]: case for case in products}.values())
+        if kind == "bf16" or every:
+            yield from decode_others(launch, kind)
 
 
 def compile_for(kernel, constants, tile, kind, architecture):
@@ -122,31 +181,63 @@ def cache(tmp_path_factory):
 def case_problems(compiled, folder, name, kind, architecture, expect):
     """What is wrong with a compiled kernel, and one line of facts about it."""
     ptx, used, shared = compiled.asm["ptx"], resources(compiled, folder), compiled.metadata.shared
-    stack_limit = 0 if name in STREAMING and kind == "bf16" else STACK_LIMIT
+    streaming = (name in STREAMING and kind == "bf16") or (DECODE_STREAMING.match(name) and kind != "fp32")
+    stack_limit = 0 if streaming else STACK_LIMIT
     checks = {
         f"{used['STACK']} bytes of stack": used["STACK"] <= stack_limit,
         f"{used['LOCAL']} bytes of local memory": used["LOCAL"] == 0,
         f"{shared} bytes of shared memory": shared <= SHARED_LIMIT[architecture],
         "float64 arithmetic": ".f64" not in ptx,
         "no 16-byte load": expect == "any" or re.search(r"ld\.global\.v4|cp\.async\.cg|\.v4\.b32", ptx),
+        "no tensor cores at all": expect != "mma" or kind == "fp32" or re.search(ANY_MATRIX_INSTRUCTION, ptx),
         "no tensor cores": expect != "dot" or kind == "fp32" or MATRIX_INSTRUCTION[architecture] in ptx,
     }
     facts = f"{used['REG']} registers, {shared} shared, {used['STACK']} stack"
     return [problem for problem, fine in checks.items() if not fine], facts
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_every_shipped_kernel_compiles_well(oracle, tmp_path, architecture):
+def assert_compile_well(oracle, folder, architecture, given):
     problems, report = [], []
-    for module, name, constants, tile, kind, expect in cases(oracle.kernel_module("launch")):
+    for module, name, constants, tile, kind, expect in given:
         kernel = getattr(oracle.kernel_module(module), name)
         compiled = compile_for(kernel, constants, tile, kind, architecture)
-        found, facts = case_problems(compiled, tmp_path, name, kind, architecture, expect)
+        found, facts = case_problems(compiled, folder, name, kind, architecture, expect)
         label = f"{name} {kind} {constants} warps={tile.num_warps} stages={tile.num_stages}"
         report.append(f"sm_{architecture} {label}: {facts}")
         problems += [f"{label}: {problem}" for problem in found]
     print("\n".join(report))
     assert not problems, "\n".join(problems)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_shipped_kernel_compiles_well(oracle, tmp_path, architecture):
+    assert_compile_well(oracle, tmp_path, architecture, cases(oracle.kernel_module("launch")))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_every_decode_kernel_compiles_well(oracle, tmp_path, architecture):
+    given = decode_cases(oracle.kernel_module("decode_launch"), architecture)
+    assert_compile_well(oracle, tmp_path, architecture, given)
+
+
+def test_decode_weights_come_asynchronously_in_16_byte_pieces(oracle):
+    """Each thread has as many 16-byte copies on the way as its share of the weight tiles of all pipeline stages."""
+    for module, name, constants, tile, kind, _ in decode_products(oracle.kernel_module("decode_launch"), "bf16"):
+        ptx = compile_for(getattr(oracle.kernel_module(module), name), constants, tile, kind, 90).asm["ptx"]
+        copies = len(re.findall(r"cp\.async\.cg\.shared\.global\b.*?, (?:0x10|16)\b", ptx))
+        weights = 2 if name == "_norm_gate_up_kernel" else 1
+        share = weights * tile.columns * tile.depth * 2 // (16 * 32 * tile.num_warps)
+        assert copies >= tile.num_stages * share, (
+            f"{name} {tile}: {copies} copies, {tile.num_stages} x {share} expected"
+        )
+
+
+def test_decode_noise_uses_an_accurate_logarithm(oracle):
+    """The fast one is off by 2^-22 near one, where the inner logarithm is smaller than that."""
+    for module, name, constants, tile, kind, _ in decode_products(oracle.kernel_module("decode_launch"), "bf16"):
+        if name == "_lm_head_pick_kernel" and tile.dot:
+            ptx = compile_for(getattr(oracle.kernel_module(module), name), constants, tile, kind, 90).asm["ptx"]
+            assert "lg2.approx" not in ptx
 
 
 @pytest.mark.parametrize("rows", [16, 128])
@@ -175,5 +266,5 @@ def test_every_kernel_of_the_folder_is_compiled_here(oracle):
     defined = set()
     for path in oracle.KERNELS.glob("*.py"):
         defined |= set(re.findall(r"^def (_\w+_kernel)\(", path.read_text(), flags=re.MULTILINE))
-    compiled = {name for _, name, *_ in cases(oracle.kernel_module("launch"))}
-    assert defined == compiled
+    given = [*cases(oracle.kernel_module("launch")), *decode_cases(oracle.kernel_module("decode_launch"), 90)]
+    assert defined == {name for _, name, *_ in given}

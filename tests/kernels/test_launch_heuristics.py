@@ -15,6 +15,11 @@ def launch(oracle):
     return oracle.kernel_module("launch")
 
 
+@pytest.fixture
+def decode_launch(oracle):
+    return oracle.kernel_module("decode_launch")
+
+
 def owners(launch, counts, tile):
     """Tiles per box as the device finds them: box b owns the slots from key_offset // tile + b."""
     offsets = [sum(counts[:box]) for box in range(len(counts))]
@@ -118,6 +123,70 @@ def test_speed_of_light_of_the_measured_case(launch):
     assert backward.bytes > 2 * 5120 * 3584 * 2
     with pytest.raises(ValueError, match="expected attend"):
         launch.speed_of_light("attention", keys=1, boxes=1, rows=1, depth=1, element_size=2)
+
+
+# Model width, intermediate width, query heads, key heads, head width, vocabulary.
+DECODERS = {"7b": (3584, 18944, 28, 4, 128, 152064), "3b": (2048, 11008, 16, 2, 128, 151936)}
+
+
+def decode_products(name):
+    """(family, columns) of every product of a decode step."""
+    width, intermediate, heads, kv_heads, head, vocabulary = DECODERS[name]
+    yield "linear", (heads + 2 * kv_heads) * head
+    yield "linear", width
+    yield "pair", intermediate
+    yield "vocabulary", vocabulary
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 8, 16, 17, 32])
+@pytest.mark.parametrize("name", DECODERS)
+def test_decode_products_fill_the_device(decode_launch, launch, name, rows):
+    """Programs for nearly every multiprocessor, and enough bytes on the way to cover a microsecond at 4 TB/s."""
+    for family, columns in decode_products(name):
+        config = decode_launch.ProductConfig.from_shape(family, rows, columns, 2)
+        assert config.rows >= min(rows, decode_launch.MAX_ROWS) and config.dot == (rows > 2)
+        assert config in decode_launch.shipped_decode_configs()[f"{family}/16"]
+        tiles, blocks = decode_launch.product_programs(config, rows, [columns])
+        assert blocks == 1 and tiles * config.columns >= columns
+        assert tiles >= 0.75 * launch.H200_MULTIPROCESSORS * (1 if rows > 2 else 2), (family, columns)
+        per_program = (config.num_stages - 1) * config.columns * config.depth * 2 * (2 if family == "pair" else 1)
+        resident = min(tiles, launch.H200_MULTIPROCESSORS * (200 * 1024 // per_program))
+        assert resident * per_program >= 3e6, (family, columns, config)
+
+
+@pytest.mark.parametrize("element_size", [2, 4, 8])
+@pytest.mark.parametrize("rows", [1, 2, 3, 16, 17, 32, 33, 100])
+@pytest.mark.parametrize("family", ["linear", "pair", "vocabulary"])
+def test_decode_tiles_exist_for_every_batch(decode_launch, family, rows, element_size):
+    for columns in (1, 60, 4000, 152064):
+        config = decode_launch.ProductConfig.from_shape(family, rows, columns, element_size)
+        tiles, blocks = decode_launch.product_programs(config, rows, [columns, 1])
+        assert tiles == -(-columns // config.columns) + 1 and (blocks - 1) * config.rows < rows <= blocks * config.rows
+        assert blocks < 2**16
+
+
+@pytest.mark.parametrize("rows, kv_heads", [(1, 4), (1, 2), (8, 4), (32, 4), (1, 1)])
+@pytest.mark.parametrize("extent", [1, 16, 512, 513, 2048, 5000, 32768])
+def test_decode_attention_splits_cover_the_extent(decode_launch, launch, rows, kv_heads, extent):
+    config = decode_launch.DecodeAttentionConfig.from_shape(rows, kv_heads, extent, 2)
+    share = config.split_keys(extent)
+    assert share % config.keys == 0
+    assert (config.splits - 1) * share < extent <= config.splits * share, "a split without keys, or keys without one"
+    if extent <= decode_launch.UNSPLIT_KEYS:
+        assert config.splits == 1
+    else:
+        wanted = min(launch.PROGRAMS_PER_MULTIPROCESSOR * launch.H200_MULTIPROCESSORS, rows * kv_heads * 64)
+        # Whole steps of keys round the share up, at most to twice what was wanted.
+        assert config.splits * rows * kv_heads >= wanted / 2 or share == config.keys
+
+
+def test_bad_decode_configs_name_the_fix(decode_launch):
+    with pytest.raises(ValueError, match="use ProductConfig.from_shape"):
+        decode_launch.ProductConfig(8, 64, 16, 4, 3)
+    with pytest.raises(ValueError, match="powers of two"):
+        decode_launch.ProductConfig(12, 64, 1, 4, 3)
+    with pytest.raises(ValueError, match="use DecodeAttentionConfig.from_shape"):
+        decode_launch.DecodeAttentionConfig(64, 65, 4, 3)
 
 
 def test_launch_imports_without_triton(oracle):

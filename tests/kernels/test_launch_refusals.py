@@ -28,6 +28,17 @@ def test_float64_is_refused_on_cuda(oracle):
             oracle.kernel_module("region_attention").attend(*given)
 
 
+def test_decode_launchers_refuse_what_needs_a_gpu_or_another_dtype(oracle):
+    linear, pick = oracle.kernel_module("decode_linear"), oracle.kernel_module("decode_pick")
+    with pytest.raises(ValueError, match="linear_add: Triton kernels need CUDA tensors, got cpu"):
+        linear.linear_add(torch.zeros(1, 8), torch.zeros(4, 8), torch.zeros(1, 4))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        hidden, weight = (torch.empty(2, 8, device="cuda", dtype=torch.float64) for _ in range(2))
+        needed, token = (torch.empty(2, device="cuda", dtype=dtype) for dtype in (torch.bool, torch.int64))
+        with pytest.raises(ValueError, match="hidden_BD is float64"):
+            pick.lm_head_pick(hidden, weight, needed, token)
+
+
 def test_mixed_devices_are_named(oracle):
     rows, tokens, *rest = arguments("cpu", torch.float32)
     with pytest.raises(ValueError, match="expected all tensors on one device, got rows on meta, tokens on cpu"):
