@@ -13,6 +13,7 @@ from ._version import __version__
 if TYPE_CHECKING:
     from . import losses, ops
     from .data.boxes import box_to_token_indices
+    from .engine.decoder import LatentDecoder
     from .errors import CheckpointError, ConfigError, DataError
     from .fuse import fuse
     from .model.config import VReflectionConfig
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "BoxGuidedCompression": "modules",
     "DynamicAutoregressiveCompression": "modules",
+    "LatentDecoder": "engine.decoder",
     "VReflectionConfig": "model.config",
     "VReflectionForConditionalGeneration": "model.modeling",
     "VReflectionProcessor": "model.processor",
@@ -41,6 +43,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "DynamicAutoregressiveCompression",
+    "LatentDecoder",
     "VReflectionConfig",
     "VReflectionForConditionalGeneration",
     "VReflectionProcessor",

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -253,7 +254,8 @@ class LatentDecoder:
         """Answer every prompt.
 
         Args:
-            prompts: prompts (see `request`) or requests.
+            prompts: prompts (see `request`) or requests; a list is checked as a whole before anything starts, any
+                other iterable is read as rows become free.
             seed: prompt i draws from `seed + i`.
             on_answer: called with each answer as it is finished.
             settings: of all prompts, see `request`; requests keep their own.
@@ -261,14 +263,13 @@ class LatentDecoder:
         Returns:
             answers in the order of the prompts.
         """
-        requests = self.requests(prompts, seed, settings)
-        answers: list[Generation | None] = [None] * len(requests)
-        for event in self.serve(requests, look_every=LOOK_EVERY):
+        answers: dict[int, Generation] = {}
+        for event in self.serve(self.requests(prompts, seed, settings), LOOK_EVERY):
             if event.generation is not None:
                 answers[event.index] = event.generation
                 if on_answer is not None:
                     on_answer(event.generation)
-        return [answer for answer in answers if answer is not None]
+        return [answers[index] for index in range(len(answers))]
 
     def stream(self, prompts: Iterable, *, seed: int | None = None, **settings) -> Iterator[Emitted]:
         """Yield every emitted position of every prompt as it comes; the last one of a prompt carries its answer.
@@ -277,23 +278,30 @@ class LatentDecoder:
         """
         return self.serve(self.requests(prompts, seed, settings), look_every=1)
 
-    def requests(self, prompts: Iterable, seed: int | None, settings: dict) -> list[Request]:
-        made = []
-        for index, prompt in enumerate(prompts):
-            if isinstance(prompt, Request):
-                made.append(prompt)
-            else:
-                made.append(self.request(prompt, seed=None if seed is None else seed + index, **settings))
-        return made
+    def requests(self, prompts: Iterable, seed: int | None, settings: dict) -> Iterable[Request]:
+        """Requests from prompts: of a list at once, so that nothing starts before all are checked; else on demand."""
 
-    def serve(self, requests: Sequence[Request], look_every: int) -> Iterator[Emitted]:
+        def made() -> Iterator[Request]:
+            for index, prompt in enumerate(prompts):
+                if isinstance(prompt, Request):
+                    self.check_length(prompt)
+                    yield prompt
+                else:
+                    yield self.request(prompt, seed=None if seed is None else seed + index, **settings)
+
+        return list(made()) if isinstance(prompts, (list, tuple)) else made()
+
+    def serve(self, requests: Iterable[Request], look_every: int) -> Iterator[Emitted]:
+        """Decode requests, never holding more of them than have a row, and yield what is emitted."""
         if self.busy:
             raise RuntimeError("this decoder is busy with another call; finish or close it, or use another decoder")
-        for request in requests:
-            self.check_length(request)
-        index = {self.submit(request): number for number, request in enumerate(requests)}
+        coming, index = iter(requests), {}
         try:
-            while self.busy:
+            while True:
+                for request in islice(coming, self.max_batch_size - len(self.rows) - len(self.waiting)):
+                    index[self.submit(request)] = len(index)
+                if not self.busy:
+                    return
                 for event in self.advance(look_every):
                     number = index[event.index]
                     if event.generation is not None:

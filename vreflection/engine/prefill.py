@@ -110,31 +110,37 @@ class Filling:
 
 
 def plan_sharing(fillings: Sequence[Filling], held: dict[int, np.ndarray]) -> list[list[Filling]]:
-    """Waves of fillings: whatever shares a beginning with a row filled before, or in an earlier wave, starts there.
+    """Waves of fillings: whatever begins like a row filled before, or filled in an earlier wave, starts there.
 
     Args:
         held: marks of rows whose prompt is still in the cache; rows about to be filled are not among them.
     """
     first, second = [], []
-    leaders: dict[int, np.ndarray] = {}
+    leaders: set[int] = set()
+    alike: dict[bytes, list[tuple[int, np.ndarray]]] = {}
+    for row, marks in held.items():
+        alike.setdefault(beginning(marks), []).append((row, marks))
     for filling in fillings:
         if filling.marks is None:
             first.append(filling)
             continue
+        candidates = alike.setdefault(beginning(filling.marks), [])
         # One token at least is left to compute: its hidden state picks the first new one.
         most = len(filling.marks) - 1
-        best, source = 0, None
-        for row, marks in (*held.items(), *leaders.items()):
-            shared = min(common_length(marks, filling.marks), most)
-            if shared > best:
-                best, source = shared, row
-        if source is not None and best >= SHORTEST_SHARED:
-            filling.start, filling.donor = best, source
-            (second if source in leaders else first).append(filling)
+        shared = [min(common_length(marks, filling.marks), most) for _, marks in candidates]
+        if shared and max(shared) >= SHORTEST_SHARED:
+            filling.start = max(shared)
+            filling.donor = candidates[shared.index(filling.start)][0]
+            (second if filling.donor in leaders else first).append(filling)
         else:
-            leaders[filling.row] = filling.marks
+            leaders.add(filling.row)
+            candidates.append((filling.row, filling.marks))
             first.append(filling)
     return [wave for wave in (first, second) if wave]
+
+
+def beginning(marks: np.ndarray) -> bytes:
+    return marks[:SHORTEST_SHARED].tobytes()
 
 
 def forward_groups(wave: Sequence[Filling], limit: int | None = None) -> list[list[Filling]]:

@@ -8,12 +8,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 
 import torch
 
 from ..data.collate import Collator
 from ..data.encode import EncodedSample, ImageTokens, encode_prompt, encode_sample
 from ..data.visual_cot import Sample
+from ..engine.decoder import LatentDecoder
+from ..engine.requests import Prompt, Request
 from ..model.layout import BatchLayout
 from ..model.modeling import VReflectionForConditionalGeneration
 from ..model.processor import VReflectionProcessor
@@ -76,35 +79,38 @@ def decode_answers(
     latents: torch.Tensor | None = None,
     batch_size: int = 128,
     max_new_tokens: int = 24,
+    latent_mode: str = "clean",
     on_progress: Progress | None = None,
-    **generate_settings,
+    **settings,
 ) -> Decoded:
     """Decode every question's answer greedily.
 
     Args:
         latents: `(len(samples), Q, D)` states to consume instead of the model's own.
-        generate_settings: for `model.generate`; `do_sample` is off unless given, whatever the checkpoint says.
+        batch_size: questions decoded together; the next one starts when one has ended.
+        settings: for `LatentDecoder.request`; `do_sample` is off unless given, whatever the checkpoint says.
     """
-    model.eval()
-    result, collate = Decoded(), Collator(processor.token_ids.pad, padding_side="left")
-    keys = ("input_ids", "attention_mask", "position_ids", "image_grid_thw", "pixel_values", "image_features")
-    for rows in batches(len(samples), batch_size):
-        batch = collate([prompt_of(samples[i], processor, cache) for i in rows])
-        inputs = {key: batch[key].to(model.device) for key in keys if key in batch and len(batch[key])}
-        output = model.generate(
-            **inputs,
-            latents=None if latents is None else latents[rows.start : rows.stop].to(model.device),
-            max_new_tokens=max_new_tokens,
-            return_dict_in_generate=True,
-            return_latents=True,
-            **{"do_sample": False, **generate_settings},
-        )
-        assert output.sequences is not None and output.latents is not None and output.probes is not None
-        new = output.sequences[:, batch["input_ids"].shape[1] :].cpu()
-        for row in range(len(new)):
-            note_row(result, processor, new[row], output.latents[row].cpu(), output.probes[row].cpu())
-        if on_progress is not None:
-            on_progress(rows.stop, len(samples))
+    settings = {"do_sample": False, "max_new_tokens": max_new_tokens, "return_latents": True, **settings}
+    seed = settings.pop("seed", None)
+    decoder = LatentDecoder(model, max_batch_size=max(min(batch_size, len(samples)), 1), latent_mode=latent_mode)
+
+    def requests() -> Iterator[Request]:
+        for index, sample in enumerate(samples):
+            prompt = Prompt.of(prompt_of(sample, processor, cache))
+            prompt.image_keys = tuple(map(str, sample.image_paths))
+            yield decoder.request(
+                prompt,
+                latents=None if latents is None else latents[index],
+                seed=None if seed is None else seed + index,
+                **settings,
+            )
+
+    done = count(1)
+    heard = None if on_progress is None else lambda _: on_progress(next(done), len(samples))
+    result = Decoded()
+    for answer in decoder.generate(requests(), on_answer=heard):
+        assert answer.latents is not None and answer.probes is not None
+        note_row(result, processor, torch.tensor(answer.tokens), answer.latents.cpu(), answer.probes.cpu())
     return result
 
 
