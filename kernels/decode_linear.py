@@ -46,7 +46,13 @@ def tile_products(
     """
     wide: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
     x_pointer = x + row.to(tl.int64)[:, None] * x_stride
-    place = column.to(tl.int64)[:, None] * depth
+    # Loads take the shape of what is accumulated: then threads keep the eight neighbours that one load gives them.
+    if ROW_TILE >= 16:
+        place = column.to(tl.int64)[:, None] * depth
+        in_columns = in_columns[:, None]
+    else:
+        place = column.to(tl.int64)[None, :, None] * depth
+        in_columns = in_columns[None, :, None]
     squares = tl.zeros((ROW_TILE, DEPTH_TILE), dtype=wide)
     if ROW_TILE >= 16:
         acc = tl.zeros((COLUMN_TILE, ROW_TILE), dtype=wide)
@@ -56,10 +62,15 @@ def tile_products(
     for start in tl.range(0, depth, DEPTH_TILE, num_stages=STAGES):
         k = start + tl.arange(0, DEPTH_TILE)
         in_depth = k < depth
-        mask = in_columns[:, None] & in_depth[None, :]
-        w = tl.load(first + place + k[None, :], mask=mask, other=0.0)
+        if ROW_TILE >= 16:
+            here = place + k[None, :]
+            mask = in_columns & in_depth[None, :]
+        else:
+            here = place + k[None, None, :]
+            mask = in_columns & in_depth[None, None, :]
+        w = tl.load(first + here, mask=mask, other=0.0)
         if PAIR:
-            w2 = tl.load(second + place + k[None, :], mask=mask, other=0.0)
+            w2 = tl.load(second + here, mask=mask, other=0.0)
         y = tl.load(x_pointer + k[None, :], mask=in_rows[:, None] & in_depth[None, :], other=0.0)
         if NORM:
             y = y.to(wide)
@@ -72,9 +83,9 @@ def tile_products(
                 acc2 = tl.dot(w2, y, acc2, input_precision="ieee", out_dtype=wide)
         else:
             y = y.to(wide)[:, None, :]
-            acc += w.to(wide)[None, :, :] * y
+            acc += w.to(wide) * y
             if PAIR:
-                acc2 += w2.to(wide)[None, :, :] * y
+                acc2 += w2.to(wide) * y
     if ROW_TILE < 16:
         acc = tl.trans(tl.sum(acc, axis=2))
         if PAIR:
