@@ -100,9 +100,9 @@ PRODUCT_TILES: dict[tuple[str, str], tuple[ProductConfig, ...]] = {
         ProductConfig(16, 256, 2, 4, 4),
         ProductConfig(8, 512, 2, 4, 4),
         ProductConfig(32, 128, 16, 4, 5),
-        ProductConfig(16, 256, 16, 4, 4),
+        ProductConfig(16, 256, 16, 4, 5),
         ProductConfig(32, 128, 32, 4, 5),
-        ProductConfig(16, 256, 32, 4, 4),
+        ProductConfig(16, 256, 32, 4, 5),
     ),
     ("linear", "32"): (
         ProductConfig(8, 256, 1, 4, 4),

@@ -192,6 +192,18 @@ def test_the_noise_is_that_of_the_counter(oracle, rows):
     assert rows == 1 or len(set(token.tolist())) > 1
 
 
+def test_the_host_draws_the_same(oracle):
+    from vreflection.decoding.sampling import gumbel_noise
+
+    keys = keys_for(40, seed=6)
+    expected = gumbel_noise(keys, 150)
+    token = oracle.kernel_module("decode_pick").lm_head_pick(
+        torch.zeros(40, 16), torch.zeros(150, 16), everyone(40), kept(40),
+        temperature_B=torch.ones(40), sample_B=everyone(40), key_B=keys,
+    )  # fmt: skip
+    assert torch.equal(token, expected.argmax(1))
+
+
 def test_only_rows_that_sample_are_tempered(oracle):
     kernels = oracle.kernel_module("decode_pick")
     rows, vocabulary = 5, 130
