@@ -16,6 +16,7 @@ import triton.language as tl
 from .checks import check_tensors, multiprocessors, on_device, wide_dtype
 from .decode_launch import DecodeAttentionConfig, head_tile
 from .decode_linear import check_rows, check_shape
+from .decode_overlap import await_previous, overlap_options
 from .launch import next_power_of_2
 
 
@@ -57,6 +58,7 @@ def _rope_attention_kernel(
     GROUP_TILE: tl.constexpr,
     KEY_TILE: tl.constexpr,
     SPLIT: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One split of one row and key head. Grid (splits, key heads, rows).
 
@@ -64,6 +66,7 @@ def _rope_attention_kernel(
     from nothing, and no program reads what another writes. Writes `out`, or if SPLIT the unnormalised sum to `partial`
     (B, H, splits, E) and the maximum (base 2) and sum of exponentials to `statistics` (B, H, splits, 2).
     """
+    await_previous(OVERLAP)
     dtype: tl.constexpr = qkv.dtype.element_ty
     wide: tl.constexpr = statistics.dtype.element_ty
     split, kv, splits, kv_heads = tl.program_id(0), tl.program_id(1), tl.num_programs(0), tl.num_programs(1)
@@ -141,8 +144,10 @@ def _combine_splits_kernel(
     HEAD: tl.constexpr,
     HEAD_TILE: tl.constexpr,
     SPLIT_TILE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Add the splits of one head in order; those beyond the row's length wrote nothing. Grid (heads, rows)."""
+    await_previous(OVERLAP)
     head, heads = tl.program_id(0), tl.num_programs(0)
     b = tl.program_id(1).to(tl.int64)
     length = tl.minimum(tl.load(lengths + b), capacity - 1)
@@ -172,6 +177,7 @@ def rope_attention(
     scale: float,
     extent: int,
     config: DecodeAttentionConfig | None = None,
+    overlap: bool = False,
 ) -> torch.Tensor:
     """Rotate the new queries and keys, append key and value to the cache, attend over the row's whole cache.
 
@@ -186,6 +192,7 @@ def rope_attention(
         scale: factor of the scores, usually `E ** -0.5`.
         extent: columns the splits are sized for, at least `max(length) + 1` for an even share; a longer row is still
             right, its last split just takes the rest.
+        config: default `DecodeAttentionConfig.from_shape(...)`; overlap: see `decode_overlap.py`.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.
@@ -201,6 +208,7 @@ def rope_attention(
     )
     splits, group, tile = config.splits, heads // kv_heads, head_tile(head_size)
     split_keys = config.split_keys(extent)
+    pace = overlap_options(op, overlap, qkv_BN)
     wide = {"dtype": wide_dtype(qkv_BN.dtype), "device": qkv_BN.device}
     with on_device(qkv_BN):
         count = rows * heads * splits if splits > 1 else 0
@@ -210,13 +218,14 @@ def rope_attention(
             capacity, split_keys, qkv_BN.stride(0), cos_BE.stride(0), out_BN.stride(0),
             *keys_BKCE.stride()[:3], *values_BKCE.stride()[:3],
             SCALE_LOG2=scale * math.log2(math.e), HEAD=head_size, HEAD_TILE=tile, GROUP=group,
-            GROUP_TILE=max(next_power_of_2(group), 16), KEY_TILE=config.keys, SPLIT=splits > 1, **config.options,
+            GROUP_TILE=max(next_power_of_2(group), 16), KEY_TILE=config.keys, SPLIT=splits > 1,
+            **config.options, **pace,
         )  # fmt: skip
         if splits > 1:
             _combine_splits_kernel[(heads, rows)](
                 partial, statistics, length_B, out_BN, capacity, split_keys, splits, out_BN.stride(0),
                 HEAD=head_size, HEAD_TILE=tile, SPLIT_TILE=next_power_of_2(splits),
-                num_warps=4, enable_fp_fusion=True,
+                num_warps=4, enable_fp_fusion=True, **pace,
             )  # fmt: skip
     return out_BN
 

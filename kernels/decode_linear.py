@@ -15,6 +15,7 @@ import triton.language as tl
 
 from .checks import check_tensors, multiprocessors, on_device
 from .decode_launch import ProductConfig, product_programs
+from .decode_overlap import await_previous, await_with_weights, overlap_options
 from .launch import ceil_div, next_power_of_2
 
 MAX_NORM_WIDTH = 65536
@@ -132,6 +133,7 @@ def _norm_linear_kernel(
     DEPTH_TILE: tl.constexpr,
     ROW_TILE: tl.constexpr,
     STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """out = rmsnorm(x) . cat(weights)^T + cat(biases). Grid (column tiles, row blocks); a tile lies in one weight.
 
@@ -162,6 +164,7 @@ def _norm_linear_kernel(
     row, in_rows = rows_of_program(num_rows, ROW_TILE)
     column = tile * COLUMN_TILE + tl.arange(0, COLUMN_TILE)
     in_columns = column < columns
+    await_with_weights(weight, weight, column, columns, depth, False, DEPTH_TILE, OVERLAP)
     acc, _ = tile_products(
         x, norm_weight, weight, weight, row, in_rows, column, in_columns, depth, x_stride,
         EPS, True, False, COLUMN_TILE, DEPTH_TILE, ROW_TILE, STAGES,
@@ -185,11 +188,13 @@ def _linear_add_kernel(
     DEPTH_TILE: tl.constexpr,
     ROW_TILE: tl.constexpr,
     STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """residual += x . weight^T, added in float32 and rounded once. Grid (column tiles, row blocks)."""
     row, in_rows = rows_of_program(num_rows, ROW_TILE)
     column = tl.program_id(0) * COLUMN_TILE + tl.arange(0, COLUMN_TILE)
     in_columns = column < columns
+    await_with_weights(weight, weight, column, columns, depth, False, DEPTH_TILE, OVERLAP)
     acc, _ = tile_products(
         x, x, weight, weight, row, in_rows, column, in_columns, depth, x_stride,
         0.0, False, False, COLUMN_TILE, DEPTH_TILE, ROW_TILE, STAGES,
@@ -217,11 +222,13 @@ def _norm_gate_up_kernel(
     DEPTH_TILE: tl.constexpr,
     ROW_TILE: tl.constexpr,
     STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """out = silu(rmsnorm(x) . gate^T) * (rmsnorm(x) . up^T). Grid (column tiles, row blocks)."""
     row, in_rows = rows_of_program(num_rows, ROW_TILE)
     column = tl.program_id(0) * COLUMN_TILE + tl.arange(0, COLUMN_TILE)
     in_columns = column < columns
+    await_with_weights(gate, up, column, columns, depth, True, DEPTH_TILE, OVERLAP)
     opening, value = tile_products(
         x, norm_weight, gate, up, row, in_rows, column, in_columns, depth, x_stride,
         EPS, True, True, COLUMN_TILE, DEPTH_TILE, ROW_TILE, STAGES,
@@ -232,8 +239,19 @@ def _norm_gate_up_kernel(
 
 
 @triton.jit
-def _rms_norm_kernel(x, norm_weight, out, depth, x_stride, out_stride, EPS: tl.constexpr, DEPTH_TILE: tl.constexpr):
+def _rms_norm_kernel(
+    x,
+    norm_weight,
+    out,
+    depth,
+    x_stride,
+    out_stride,
+    EPS: tl.constexpr,
+    DEPTH_TILE: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
     """out = rmsnorm(x), one program per row."""
+    await_previous(OVERLAP)
     wide: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, DEPTH_TILE)
@@ -253,6 +271,7 @@ def norm_linear(
     out_BN: torch.Tensor,
     *,
     config: ProductConfig | None = None,
+    overlap: bool = False,
 ) -> torch.Tensor:
     """Write `rmsnorm(x) @ cat(weights).T + cat(biases)` to `out_BN`, in one launch; the weights stay where they are.
 
@@ -261,7 +280,7 @@ def norm_linear(
         norm_weight_D: `(D,)` in the dtype of x.
         weights: one to three `(N_i, D)`, contiguous, in the dtype of x.
         biases: as many, each `(N_i,)` or None.
-        config: default `ProductConfig.from_shape("linear", ...)`.
+        config: default `ProductConfig.from_shape("linear", ...)`; overlap: see `decode_overlap.py`.
 
     In float16, `x * norm_weight` must stay below 65504 with `tl.dot`: the root mean square divides the product, not x.
 
@@ -298,19 +317,24 @@ def norm_linear(
                 *(weights[0] for _ in missing),
                 out_BN, x_BD.shape[0], depth, x_BD.stride(0), out_BN.stride(0), *sizes, *missing,
                 *(0 if bias is None else size for bias, size in zip(biases, sizes)), *missing,
-                EPS=eps, **config.tiles, **config.options,
+                EPS=eps, **config.tiles, **config.options, **overlap_options(op, overlap, x_BD),
             )  # fmt: skip
     return out_BN
 
 
 def linear_add(
-    x_BK: torch.Tensor, weight_NK: torch.Tensor, residual_BN: torch.Tensor, *, config: ProductConfig | None = None
+    x_BK: torch.Tensor,
+    weight_NK: torch.Tensor,
+    residual_BN: torch.Tensor,
+    *,
+    config: ProductConfig | None = None,
+    overlap: bool = False,
 ) -> torch.Tensor:
     """Add `x @ weight.T` to `residual_BN` in place, in one launch; the sum is float32 and rounded once.
 
     Args:
         x_BK, residual_BN: rows with contiguous elements, any row stride, not overlapping; weight_NK: contiguous.
-        config: default `ProductConfig.from_shape("linear", ...)`.
+        config: default `ProductConfig.from_shape("linear", ...)`; overlap: see `decode_overlap.py`.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.
@@ -327,7 +351,7 @@ def linear_add(
         with on_device(x_BK):
             _linear_add_kernel[grid](
                 x_BK, weight_NK, residual_BN, x_BK.shape[0], columns, depth, x_BK.stride(0), residual_BN.stride(0),
-                **config.tiles, **config.options,
+                **config.tiles, **config.options, **overlap_options(op, overlap, x_BK),
             )  # fmt: skip
     return residual_BN
 
@@ -341,13 +365,14 @@ def norm_gate_up(
     out_BI: torch.Tensor,
     *,
     config: ProductConfig | None = None,
+    overlap: bool = False,
 ) -> torch.Tensor:
     """Write `silu(y @ gate.T) * (y @ up.T)` with `y = rmsnorm(x)` to `out_BI`, in one launch.
 
     Args:
         x_BD, out_BI: rows with contiguous elements, any row stride, not overlapping.
         norm_weight_D: `(D,)`; gate_ID, up_ID: `(I, D)`, contiguous; all in the dtype of x.
-        config: default `ProductConfig.from_shape("pair", ...)`.
+        config: default `ProductConfig.from_shape("pair", ...)`; overlap: see `decode_overlap.py`.
 
     In float16, `x * norm_weight` must stay below 65504 with `tl.dot`, as in `norm_linear`.
 
@@ -367,12 +392,14 @@ def norm_gate_up(
         with on_device(x_BD):
             _norm_gate_up_kernel[grid](
                 x_BD, norm_weight_D, gate_ID, up_ID, out_BI, x_BD.shape[0], columns, depth, x_BD.stride(0),
-                out_BI.stride(0), EPS=eps, **config.tiles, **config.options,
+                out_BI.stride(0), EPS=eps, **config.tiles, **config.options, **overlap_options(op, overlap, x_BD),
             )  # fmt: skip
     return out_BI
 
 
-def rms_norm(x_BD: torch.Tensor, norm_weight_D: torch.Tensor, eps: float, out_BD: torch.Tensor) -> torch.Tensor:
+def rms_norm(
+    x_BD: torch.Tensor, norm_weight_D: torch.Tensor, eps: float, out_BD: torch.Tensor, *, overlap: bool = False
+) -> torch.Tensor:
     """Write `x * rsqrt(mean(x^2) + eps) * norm_weight`, computed in float32, to `out_BD`; it may be `x_BD` itself.
 
     Raises:
@@ -389,7 +416,7 @@ def rms_norm(x_BD: torch.Tensor, norm_weight_D: torch.Tensor, eps: float, out_BD
         with on_device(x_BD):
             _rms_norm_kernel[(x_BD.shape[0],)](
                 x_BD, norm_weight_D, out_BD, depth, x_BD.stride(0), out_BD.stride(0),
-                EPS=eps, DEPTH_TILE=next_power_of_2(depth), **norm_options(depth),
+                EPS=eps, DEPTH_TILE=next_power_of_2(depth), **norm_options(depth), **overlap_options(op, overlap, x_BD),
             )  # fmt: skip
     return out_BD
 

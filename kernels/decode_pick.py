@@ -14,6 +14,7 @@ import triton.language as tl
 from .checks import check_tensors, on_device, wide_dtype
 from .decode_launch import ProductConfig, product_programs
 from .decode_linear import check_rows, check_shape, check_weights, default_config, rows_of_program, tile_products
+from .decode_overlap import await_previous, overlap_options
 
 _REDUCE_STEP = 1024
 _REDUCE = {"num_warps": 4, "enable_fp_fusion": True}
@@ -66,11 +67,13 @@ def _lm_head_pick_kernel(
     DEPTH_TILE: tl.constexpr,
     ROW_TILE: tl.constexpr,
     STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Best score of each row within a tile of the vocabulary, and its lowest index. Grid (tiles, row blocks).
 
     `value_out` and `index_out` are (B, tiles). NaN scores count as -inf.
     """
+    await_previous(OVERLAP)
     row, in_rows = rows_of_program(num_rows, ROW_TILE)
     wanted = tl.load(needed + row, mask=in_rows, other=0).to(tl.int32)
     if tl.max(wanted, axis=0) == 0:
@@ -102,8 +105,9 @@ def _lm_head_pick_kernel(
 
 
 @triton.jit(do_not_specialize=["tiles"])
-def _pick_reduce_kernel(value, index, needed, token, tiles, STEP: tl.constexpr):
+def _pick_reduce_kernel(value, index, needed, token, tiles, STEP: tl.constexpr, OVERLAP: tl.constexpr):
     """token[b] = index of the best tile, the lowest on ties; rows not needed keep theirs. Grid (rows,)."""
+    await_previous(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     if tl.load(needed + row).to(tl.int32) == 0:
         return
@@ -136,8 +140,10 @@ def _lm_head_logits_kernel(
     DEPTH_TILE: tl.constexpr,
     ROW_TILE: tl.constexpr,
     STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """out = x . weight^T unless no row of the block is needed. Grid (tiles, row blocks)."""
+    await_previous(OVERLAP)
     row, in_rows = rows_of_program(num_rows, ROW_TILE)
     wanted = tl.load(needed + row, mask=in_rows, other=0).to(tl.int32)
     if tl.max(wanted, axis=0) == 0:
@@ -164,6 +170,7 @@ def lm_head_pick(
     sample_B: torch.Tensor | None = None,
     key_B: torch.Tensor | None = None,
     config: ProductConfig | None = None,
+    overlap: bool = False,
 ) -> torch.Tensor:
     """Choose the next token of each needed row, into `token_B`; two launches that return at once if no row is needed.
 
@@ -175,7 +182,7 @@ def lm_head_pick(
         needed_B: bool; token_B: int64, rows not needed keep their value.
         seen_BV: bool with contiguous rows, together with penalty_B, float32.
         temperature_B: float32, sample_B: bool, key_B: int64 bits of the draw's key; all three or none.
-        config: default `ProductConfig.from_shape("vocabulary", ...)`.
+        config: default `ProductConfig.from_shape("vocabulary", ...)`; overlap: see `decode_overlap.py`.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.
@@ -205,14 +212,14 @@ def lm_head_pick(
     with on_device(hidden_BD):
         value = torch.empty((rows, grid[0]), dtype=wide, device=hidden_BD.device)
         index = token_B.new_empty((rows, grid[0]), dtype=torch.int32)
-        unused = needed_B
+        unused, pace = needed_B, overlap_options(op, overlap, hidden_BD)
         _lm_head_pick_kernel[grid](
             hidden_BD, weight_VD, needed_B, *(unused if t is None else t for t in penalising.values()),
             *(unused if t is None else t for t in sampling.values()), value, index,
             rows, columns, depth, hidden_BD.stride(0), 0 if seen_BV is None else seen_BV.stride(0),
-            PENALISE=seen_BV is not None, SAMPLE=key_B is not None, **config.tiles, **config.options,
+            PENALISE=seen_BV is not None, SAMPLE=key_B is not None, **config.tiles, **config.options, **pace,
         )  # fmt: skip
-        _pick_reduce_kernel[(rows,)](value, index, needed_B, token_B, grid[0], STEP=_REDUCE_STEP, **_REDUCE)
+        _pick_reduce_kernel[(rows,)](value, index, needed_B, token_B, grid[0], STEP=_REDUCE_STEP, **_REDUCE, **pace)
     return token_B
 
 
@@ -223,6 +230,7 @@ def lm_head_logits(
     logits_BV: torch.Tensor,
     *,
     config: ProductConfig | None = None,
+    overlap: bool = False,
 ) -> torch.Tensor:
     """Write float32 `hidden @ weight.T` to `logits_BV` in one launch that returns at once if no row is needed.
 
@@ -241,7 +249,7 @@ def lm_head_logits(
         with on_device(hidden_BD):
             _lm_head_logits_kernel[product_programs(config, rows, [columns])](
                 hidden_BD, weight_VD, needed_B, logits_BV, rows, columns, depth, hidden_BD.stride(0),
-                logits_BV.stride(0), **config.tiles, **config.options,
+                logits_BV.stride(0), **config.tiles, **config.options, **overlap_options(op, overlap, hidden_BD),
             )  # fmt: skip
     return logits_BV
 

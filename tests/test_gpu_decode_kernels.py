@@ -353,6 +353,44 @@ def test_every_launcher_can_be_captured_and_replayed(rows):
         assert not torch.equal(out, torch.zeros_like(out)), name
 
 
+def test_overlapped_launches_change_nothing():
+    """Three layers and a choice with programmatic dependent launches, plain and captured, bit for bit as without."""
+    from vreflection.kernels import decode_attention, decode_linear, decode_pick
+
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs compute capability 9.0")
+    rows, width, columns = 2, 2048, 700
+    x, norm, weights, biases = norm_linear_inputs(rows, width, [2048, 256, 256], torch.bfloat16)
+    gate, up = (draw(11008, width, seed=seed, scale=width**-0.5) for seed in (4, 5))
+    down, vocabulary = draw(width, 11008, seed=6, scale=0.01), draw(30011, width, seed=8)
+    attended = attention_inputs("3b", [600, 13], columns, torch.bfloat16)
+    qkv, context = torch.empty_like(attended[0]), x.new_empty(rows, 2048)
+    hidden, final, wide = torch.empty_like(x), torch.empty_like(x), x.new_empty(rows, 11008)
+    needed, given, token = everyone(rows), sampling(rows), torch.zeros(rows, dtype=torch.int64, device=DEVICE)
+
+    def step(overlap):
+        hidden.copy_(x)
+        for _ in range(3):
+            decode_linear.norm_linear(hidden, norm, EPS, weights, biases, qkv, overlap=overlap)
+            decode_attention.rope_attention(qkv, *attended[1:], context, scale=0.1, extent=columns, overlap=overlap)
+            decode_linear.linear_add(context, weights[0], hidden, overlap=overlap)
+            decode_linear.norm_gate_up(hidden, norm, EPS, gate, up, wide, overlap=overlap)
+            decode_linear.linear_add(wide, down, hidden, overlap=overlap)
+        decode_linear.rms_norm(hidden, norm, EPS, final, overlap=overlap)
+        decode_pick.lm_head_pick(final, vocabulary, needed, token, **given, overlap=overlap)
+        return [t.clone() for t in (hidden, final, token)]
+
+    expected = step(False)
+    for _ in range(20):
+        assert all(torch.equal(a, b) for a, b in zip(expected, step(True)))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(True)
+    for _ in range(20):
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(expected, captured))
+
+
 def test_a_latent_step_in_a_graph_skips_the_vocabulary():
     """The same graph with no row needed: the token stays, and the launch takes a fraction of the time."""
     hidden, weight = logits_inputs(1, 3584, 152064, torch.bfloat16)

@@ -23,6 +23,7 @@ MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma", 100: "tcgen05.mma"}
 # eight words of stack for occupancy.
 STREAMING = ("_region_scores_kernel", "_region_context_kernel")
 STACK_LIMIT = 32
+PLAIN_LAUNCH = {"OVERLAP": False}
 DECODE_STREAMING = re.compile(
     "_(norm_linear|linear_add|norm_gate_up|rope_attention|lm_head_pick|lm_head_logits)_kernel"
 )
@@ -110,7 +111,8 @@ def decode_products(launch, kind):
     for family, users in kernels.items():
         for tile in launch.PRODUCT_TILES[family, "32" if kind == "fp32" else "16"]:
             for module, name, constants in users:
-                yield module, name, constants | tile.tiles, tile, kind, "mma" if tile.dot else "wide"
+                constants = constants | tile.tiles | PLAIN_LAUNCH
+                yield module, name, constants, tile, kind, "mma" if tile.dot else "wide"
 
 
 def decode_others(launch, kind):
@@ -118,14 +120,14 @@ def decode_others(launch, kind):
     keys, num_warps, num_stages = launch.ATTENTION_TILES["32" if kind == "fp32" else "16"]
     tile = SimpleNamespace(num_warps=num_warps, num_stages=num_stages)
     small, norm = (SimpleNamespace(num_warps=warps, num_stages=3) for warps in (4, 8))
-    head = {"HEAD": 128, "HEAD_TILE": 128}
+    head = {"HEAD": 128, "HEAD_TILE": 128} | PLAIN_LAUNCH
     group = {"SCALE_LOG2": 0.1275, "GROUP": 7, "GROUP_TILE": 16, "KEY_TILE": keys}
     for split in (True, False):
         yield "decode_attention", "_rope_attention_kernel", head | group | {"SPLIT": split}, tile, kind, "mma"
     combine = head | {"SPLIT_TILE": launch.MAX_SPLITS}
     yield "decode_attention", "_combine_splits_kernel", combine, small, kind, "wide"
-    yield "decode_linear", "_rms_norm_kernel", {"EPS": 1e-6, "DEPTH_TILE": 4096}, norm, kind, "wide"
-    yield "decode_pick", "_pick_reduce_kernel", {"STEP": 1024}, small, kind, "any"
+    yield "decode_linear", "_rms_norm_kernel", {"EPS": 1e-6, "DEPTH_TILE": 4096} | PLAIN_LAUNCH, norm, kind, "wide"
+    yield "decode_pick", "_pick_reduce_kernel", {"STEP": 1024} | PLAIN_LAUNCH, small, kind, "any"
 
 
 def decode_cases(launch, architecture):
@@ -230,6 +232,25 @@ def test_decode_weights_come_asynchronously_in_16_byte_pieces(oracle):
         assert copies >= tile.num_stages * share, (
             f"{name} {tile}: {copies} copies, {tile.num_stages} x {share} expected"
         )
+
+
+def test_overlapped_decode_kernels_wait_before_they_touch_an_activation(oracle):
+    """Only prefetches of weights come before the wait, in PTX and in the machine code that ptxas makes of it."""
+    launch, seen = oracle.kernel_module("decode_launch"), set()
+    for module, name, constants, tile, kind, _ in decode_cases(launch, 90):
+        if name in seen:
+            continue
+        seen.add(name)
+        kernel = getattr(oracle.kernel_module(module), name)
+        compiled = compile_for(kernel, constants | {"OVERLAP": True}, tile, kind, 90)
+        before, after = compiled.asm["ptx"].split("griddepcontrol.wait", maxsplit=1)
+        assert "griddepcontrol.launch_dependents" in before, name
+        assert not re.search(r"ld\.global|cp\.async|st\.global", before), f"{name} touches memory before it waits"
+        assert re.search(r"st\.global", after), name
+        weights = {"_norm_linear_kernel": 1, "_linear_add_kernel": 1, "_norm_gate_up_kernel": 2}.get(name, 0)
+        assert bool(weights) == ("prefetch.global.L2" in before) and "prefetch.global" not in after, name
+        machine = compiled.asm["sass"].split("ACQBULK", maxsplit=1)
+        assert len(machine) == 2 and not re.search(r"\bLDG|\bSTG|\bLDGSTS", machine[0]), f"{name}: moved by ptxas"
 
 
 def test_decode_noise_uses_an_accurate_logarithm(oracle):
