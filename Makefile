@@ -20,7 +20,7 @@ test: $(INSTALLED)
 	test $$main -eq 0 && test $$kernels -eq 0
 
 test-kernels: $(INSTALLED)
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m interpreter tests/kernels tests/ops
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m interpreter tests/kernels tests/ops tests/engine
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m aot tests/kernels
 
 lint: $(INSTALLED)

@@ -33,6 +33,7 @@ CXX_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract
 CXX_FLAGS += [f"-ffile-prefix-map={ROOT}/="]
 # The CUDA part speaks to torch's C shim for the current stream; nvcc 13 has no target below 7.5.
 NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden", "-DUSE_CUDA"]
+NVCC_FLAGS += [f"-Xcompiler=-ffile-prefix-map={ROOT}/="]
 DEFAULT_ARCHS = "8.0;9.0a;9.0+PTX"
 HOW_TO = "pip install 'torch>=2.11', then pip install --no-build-isolation --no-deps --force-reinstall <this package>"
 

@@ -211,13 +211,6 @@ def boxed(bench, size):
     bench.spent[size] = bench.spent.get(size, 0.0) + time.perf_counter() - begin
 
 
-def engine_or_skip():
-    import vreflection
-
-    if not hasattr(getattr(vreflection, "LatentDecoder", None), "warm_start"):
-        pytest.skip("needs LatentDecoder.warm_start")
-
-
 def timed_variants(bench, batch: int, context: int, steps: int, latent: bool, eager: bool) -> tuple[dict, dict]:
     """Name to call, and to what comes before it untimed: the same rows and lengths, whatever ran last."""
     calls, before = {}, {}
@@ -251,7 +244,6 @@ def test_decode_step(interleaved, benchmark, bench, boxed, size, batch, context,
 
     `compiled`: text again, against the host's fastest, a static cache that it compiles where there is a GPU.
     """
-    engine_or_skip()
     bench.load(size)
     length, steps, text = CONTEXTS[context], 1 if kind == "latent" else SPAN, kind in ("text", "compiled")
     # Eager steps wait for Python, whatever the batch: two points tell all. So do the host's.

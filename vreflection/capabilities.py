@@ -44,6 +44,8 @@ def choices() -> dict[str, str]:
     """`auto` choices of each part; parts with one implementation say so."""
     import torch
 
+    from .decoding.tiers import tier_report
+    from .engine.choice import step_report
     from .ops import dispatch
 
     flash = importlib.util.find_spec("flash_attn") is not None
@@ -52,6 +54,7 @@ def choices() -> dict[str, str]:
         **dispatch.explain(device, dtype),
         "C++ extension": dispatch.CPP_MISSING or "loaded",
         "CUDA extension": dispatch.CUDA_MISSING or "loaded",
-        "decode tier": "eager (only tier so far)",
+        "decode step": step_report(torch.device(device), dtype),
+        **tier_report(device),
         "host attention": "flash_attention_2 is installed; choose it with attn_implementation" if flash else "sdpa",
     }

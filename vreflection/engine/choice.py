@@ -7,19 +7,28 @@ import logging
 import torch
 
 from ..errors import ConfigError
+from ..ops import dispatch
 from .cache import KVCache
+from .cpp_step import CppStep, why_not_weights
+from .cpp_step import why_not as why_not_cpp
+from .fused_step import FusedStep
+from .fused_step import why_not as why_not_fused
 from .steps import HostStep, QwenStep, why_not_qwen
 
 logger = logging.getLogger(__name__)
-STEPS = ("auto", "fused", "torch", "model")
+STEPS = ("auto", "fused", "cpp", "torch", "model")
 _said: set[str] = set()
 
 
-def why_not_fused(model, device: torch.device) -> str | None:
-    """Why the Triton step cannot run here, or None."""
-    from .fused import why_not
-
-    return why_not_qwen(model) or why_not(device)
+def step_report(device: torch.device, dtype: torch.dtype) -> str:
+    """What `auto` takes for a Qwen2-type decoder, and why not the others."""
+    skipped = ""
+    for name, why_not in (("fused", why_not_fused), ("cpp", why_not_cpp)):
+        reason = why_not(device, dtype)
+        if reason is None:
+            return name + skipped
+        skipped += f"; not {name}: {reason}"
+    return "torch" + skipped
 
 
 def choose_step(name: str, model, cache: KVCache) -> HostStep:
@@ -30,9 +39,17 @@ def choose_step(name: str, model, cache: KVCache) -> HostStep:
     """
     if name not in STEPS:
         raise ConfigError(f"step: expected one of {STEPS}, got {name!r}")
-    reasons = {"fused": why_not_fused(model, cache.device), "torch": why_not_qwen(model), "model": None}
+    structure = why_not_qwen(model)
+    reasons = {
+        "fused": structure or why_not_fused(cache.device, cache.dtype),
+        "cpp": structure or why_not_cpp(cache.device, cache.dtype) or why_not_weights(model, cache.dtype),
+        "torch": structure,
+        "model": None,
+    }
     if name == "auto":
-        name = next(option for option in ("fused", "torch", "model") if reasons[option] is None)
+        if dispatch.INTERPRETING:
+            reasons["fused"] = "the interpreter only on request"
+        name = next(option for option in STEPS[1:] if reasons[option] is None)
         skipped = "; ".join(f"{option}: {reason}" for option, reason in reasons.items() if reason)
         line = f"decode step: {name}" + (f" ({skipped})" if skipped else "")
         if line not in _said:
@@ -41,8 +58,5 @@ def choose_step(name: str, model, cache: KVCache) -> HostStep:
     reason = reasons[name]
     if reason is not None:
         raise ConfigError(f'step="{name}": {reason}; use step="auto"')
-    if name == "fused":
-        from .fused import FusedStep
-
-        return FusedStep(model, cache)
-    return QwenStep(model, cache) if name == "torch" else HostStep(model, cache)
+    steps = {"fused": FusedStep, "cpp": CppStep, "torch": QwenStep, "model": HostStep}
+    return steps[name](model, cache)

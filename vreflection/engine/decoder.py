@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
@@ -149,7 +149,9 @@ class LatentDecoder:
         self.looks: deque[Look] = deque()
         self.held: dict[int, Any] = {}  # marks of the prompt that lies in a cache row, occupied or not
         self.dirty = [0] * max_batch_size  # columns of a row ever written
+        self.weights_stamp: list[tuple[int, int]] = []
         self.next_ticket = 0
+        self.started: list[int] = []
 
     # Requests
 
@@ -363,15 +365,16 @@ class LatentDecoder:
         return sorted(sorted(free, key=lambda slot: slot in self.held)[: len(taken)])
 
     def fill(self, taken: list[tuple[int, Request]], slots: list[int]) -> list[Emitted]:
-        for slot in slots:
-            self.held.pop(slot, None)
+        if not self.rows:
+            self.forget_old_weights()
+        replaced = {slot: self.held.pop(slot) for slot in slots if slot in self.held}
         self.make_room(max(len(request.prompt) for _, request in taken) + 1)
         fillings = []
         for slot, (_, request) in zip(slots, taken):
             marks = signature(request.prompt, self.image_token_id, self.merge) if self.share_prefixes else None
             fillings.append(Filling(slot, request.prompt, marks))
         hidden = {}
-        for wave in plan_sharing(fillings, self.held):
+        for wave in plan_sharing(fillings, self.held, replaced):
             hidden |= self.prefill(wave)
         for filling in fillings:
             if filling.marks is not None:
@@ -390,6 +393,14 @@ class LatentDecoder:
                 row.hidden.append(z)
             events.append(self.note(row, number))
         return events
+
+    def forget_old_weights(self) -> None:
+        """What was computed before the parameters changed (training in between) is not reused."""
+        stamp = [(p.data_ptr(), p._version) for p in self.model.parameters()]
+        if stamp != self.weights_stamp:
+            self.weights_stamp = stamp
+            self.held.clear()
+            self.features.features.clear()
 
     def prefill(self, wave: list[Filling]) -> dict[int, tuple[torch.Tensor, int]]:
         """Last hidden state and next rope position per row."""
@@ -557,7 +568,7 @@ class LatentDecoder:
             shape = (ring, self.max_batch_size, self.width)
             self.buffers.hidden = torch.zeros(shape, dtype=self.dtype, device=self.device)
         key = ProgramKey(
-            rows=wanted if self.tier.name == "eager" else min(next_power_of_2(wanted), self.max_batch_size),
+            rows=self.bucket(wanted),
             extent=self.extent(columns),
             steps=span or 1,
             text=not span,
@@ -568,6 +579,10 @@ class LatentDecoder:
         if key not in self.programs:
             self.programs[key] = DecodeProgram(self.step, self.buffers, self.rules, key)
         return self.programs[key]
+
+    def bucket(self, rows: int) -> int:
+        """Rows a step computes: few different numbers where programs are recorded."""
+        return rows if self.tier.name == "eager" else min(next_power_of_2(rows), self.max_batch_size)
 
     def extent(self, columns: int) -> int:
         """Cache columns a step looks at: few different numbers, so that few programs are recorded."""
@@ -650,6 +665,51 @@ class LatentDecoder:
         with torch.inference_mode(False):
             answer.latents, answer.probes = latents.clone().view(shape), probes.clone().view(shape)
             answer.step_hidden = hidden.clone()
+
+    # For benchmarks
+
+    def warm_start(self, lengths: Sequence[int]) -> None:
+        """Rows of random cache content that never end, without any prefill: for timing steps.
+
+        Args:
+            lengths: keys per row, at most `max_batch_size` of them.
+        """
+        state, count = self.buffers.state, len(lengths)
+        with torch.inference_mode():
+            self.make_room(max(lengths) + 1)
+            for tensor in (*self.cache.keys, *self.cache.values):
+                tensor.normal_()
+            idle = DecodeState.idle(self.max_batch_size, self.width, self.dtype, self.device)
+            for target, value in zip(state.tensors(), idle.tensors()):
+                target.copy_(value)
+            far = torch.iinfo(torch.int64).max
+            state.max_new_tokens.fill_(far)
+            state.capacity.fill_(far)
+            state.end_ids.fill_(-1)
+            state.latent_steps.fill_(0)
+            state.length[:count] = torch.tensor(lengths, device=self.device)
+            state.position.copy_(state.length)
+            state.finished[:count] = False
+            state.z.normal_()
+        self.started = list(lengths)
+
+    def run_steps(self, count: int, latent: bool = False) -> None:
+        """Take steps on the rows of `warm_start`, reading nothing back.
+
+        Args:
+            count: steps. latent: as one latent span, which picks no token; else as single text steps.
+        """
+        with torch.inference_mode():
+            self.buffers.state.mode.fill_(latent)
+            self.buffers.state.remaining.fill_(count + 1 if latent else 0)
+            rows = self.bucket(len(self.started))
+            extent = self.extent(max(self.started) + count)
+            key = ProgramKey(rows, extent, steps=count if latent else 1, text=not latent)
+            if key not in self.programs:
+                self.programs[key] = DecodeProgram(self.step, self.buffers, self.rules, key)
+            self.buffers.rewind()
+            self.tier.run(self.programs[key], 1 if latent else count)
+            self.started = [length + count for length in self.started]
 
 
 def seen_ids(input_ids: torch.Tensor, vocabulary: int) -> torch.Tensor:

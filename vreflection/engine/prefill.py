@@ -109,11 +109,14 @@ class Filling:
     donor: int | None = None
 
 
-def plan_sharing(fillings: Sequence[Filling], held: dict[int, np.ndarray]) -> list[list[Filling]]:
+def plan_sharing(
+    fillings: Sequence[Filling], held: dict[int, np.ndarray], replaced: dict[int, np.ndarray]
+) -> list[list[Filling]]:
     """Waves of fillings: whatever begins like a row filled before, or filled in an earlier wave, starts there.
 
     Args:
-        held: marks of rows whose prompt is still in the cache; rows about to be filled are not among them.
+        held: marks of rows whose prompt stays in the cache. replaced: marks of what lies in the rows about to be
+            filled, which only the row's own new prompt can build on.
     """
     first, second = [], []
     leaders: set[int] = set()
@@ -124,7 +127,9 @@ def plan_sharing(fillings: Sequence[Filling], held: dict[int, np.ndarray]) -> li
         if filling.marks is None:
             first.append(filling)
             continue
-        candidates = alike.setdefault(beginning(filling.marks), [])
+        leading = alike.setdefault(beginning(filling.marks), [])
+        own = replaced.get(filling.row)
+        candidates = leading if own is None else [*leading, (filling.row, own)]
         # One token at least is left to compute: its hidden state picks the first new one.
         most = len(filling.marks) - 1
         shared = [min(common_length(marks, filling.marks), most) for _, marks in candidates]
@@ -134,7 +139,7 @@ def plan_sharing(fillings: Sequence[Filling], held: dict[int, np.ndarray]) -> li
             (second if filling.donor in leaders else first).append(filling)
         else:
             leaders.add(filling.row)
-            candidates.append((filling.row, filling.marks))
+            leading.append((filling.row, filling.marks))
             first.append(filling)
     return [wave for wave in (first, second) if wave]
 

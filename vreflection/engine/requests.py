@@ -42,30 +42,28 @@ class Prompt:
         """From a processor's output for one question, an encoded sample, or a prompt.
 
         Raises:
-            ValueError: more than one prompt, padding inside it, or neither of the known kinds.
+            ValueError: more than one prompt, an empty one, or none of the known kinds.
         """
         if isinstance(given, Prompt):
             return given
         get = given.get if isinstance(given, Mapping) else lambda name: getattr(given, name, None)
-        values = {name: get(name) for name in cls.FIELDS}
+        values: dict[str, Any] = {name: get(name) for name in cls.FIELDS}
         if values["input_ids"] is None:
             raise ValueError(
                 f"prompt: expected a processor's output with input_ids, an encoded sample, or (question, images) with "
                 f"a decoder that has a processor; got {type(given).__name__}"
             )
-        mask = get("attention_mask")
-        for name in ("input_ids", "mm_token_type_ids"):
-            values[name] = one_row(name, values[name])
-        if mask is not None:
-            keep = one_row("attention_mask", mask).bool()
-            if not bool(keep.all()):
-                values = {n: v[..., keep] if n in ("input_ids", "mm_token_type_ids") and v is not None else v
-                          for n, v in values.items()}  # fmt: skip
-                positions = values["position_ids"]
-                if positions is not None:
-                    values["position_ids"] = positions.reshape(3, -1)[:, keep]
         if values["position_ids"] is not None:
             values["position_ids"] = values["position_ids"].reshape(3, -1)
+        for name in ("input_ids", "mm_token_type_ids"):
+            if values[name] is not None:
+                values[name] = one_row(name, values[name])
+        mask = get("attention_mask")
+        if mask is not None and not bool(mask.all()):
+            keep = mask.reshape(-1).bool()
+            for name in ("input_ids", "mm_token_type_ids", "position_ids"):
+                if values[name] is not None:
+                    values[name] = values[name][..., keep]
         for name in ("image_grid_thw", "pixel_values", "image_features"):
             if values[name] is not None and not len(values[name]):
                 values[name] = None
@@ -97,9 +95,7 @@ class Prompt:
         return list(zip(source.split(sizes), self.image_grid_thw))
 
 
-def one_row(name: str, value: torch.Tensor | None) -> torch.Tensor | None:
-    if value is None:
-        return None
+def one_row(name: str, value: torch.Tensor) -> torch.Tensor:
     if value.dim() == 2 and value.shape[0] != 1:
         raise ValueError(
             f"{name}: expected one prompt, (L,) or (1, L), got {tuple(value.shape)}; pass a list of prompts"

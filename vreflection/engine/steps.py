@@ -137,25 +137,27 @@ class QwenStep(HostStep):
         rotary = self.decoder.rotary_emb
         self.inverse_frequency = rotary.inv_freq.float()
         self.rope_scale = float(getattr(rotary, "attention_scaling", 1.0))
+        half = torch.ones(cache.width // 2, device=cache.device, dtype=cache.dtype)
+        self.half_sign = torch.cat([-half, half])
         self.heads = self.layers[0].wq.shape[0] // cache.width
 
     def rope(self, position: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin `(B, E)` as the host makes them; past the prompt all three rope axes are equal.
-
-        The sine carries the sign of the half rotation, so that rotating is x * cos + roll(x) * sin.
-        """
+        """cos and sin `(B, E)` as the host makes them; past the prompt all three rope axes are equal."""
         angle = position[:, None].float() * self.inverse_frequency
+        angle = torch.cat([angle, angle], dim=1)
         cos, sin = angle.cos(), angle.sin()
         if self.rope_scale != 1.0:
             cos, sin = cos * self.rope_scale, sin * self.rope_scale
-        return torch.cat([cos, cos], dim=1).to(dtype), torch.cat([-sin, sin], dim=1).to(dtype)
+        return cos.to(dtype), sin.to(dtype)
 
     def forward(self, inputs_BD, position, length, extent):
         cache, x = self.cache, inputs_BD
         rows, heads, width = x.shape[0], self.heads, self.cache.width
         index = flat_index(length, cache)
         visible = (torch.arange(extent, device=length.device) <= length[:, None])[:, None, None]
-        cos, sin = (part[:, None] for part in self.rope(position, x.dtype))
+        cos, sin = self.rope(position, x.dtype)
+        # Rotating half a head is rolling it, with the lower half's sign in the sine.
+        cos, sin = cos[:, None], (sin * self.half_sign)[:, None]
         grouped = (rows, cache.heads, heads // cache.heads, width)
         for layer, w in enumerate(self.layers):
             y = F.rms_norm(x, (self.width,), w.norm1, w.eps)
@@ -174,7 +176,7 @@ class QwenStep(HostStep):
         return F.rms_norm(x, (self.width,), self.final_norm.weight, self.final_norm.variance_epsilon)
 
     def pick(self, hidden_BD, needed, rows: SamplingRows, plan: PickPlan, state: DecodeState):
-        return pick_from_logits(F.linear(hidden_BD, self.lm_head.weight, self.lm_head.bias), rows, plan, state)
+        return pick_from_logits(F.linear(hidden_BD, self.lm_head.weight), rows, plan, state)
 
 
 def layer_weights(layer: nn.Module) -> LayerWeights:
@@ -211,12 +213,17 @@ def why_not_qwen(model: nn.Module) -> str | None:
                 if type(projection) is not nn.Linear:
                     found = "nothing" if projection is None else type(projection).__name__
                     return f"our step needs layer {number}'s {part}.{name} to be nn.Linear, got {found}"
-                if projection.bias is not None and name not in ("q_proj", "k_proj", "v_proj"):
+                if (
+                    projection is not None
+                    and projection.bias is not None
+                    and name not in ("q_proj", "k_proj", "v_proj")
+                ):
                     return f"our step knows no bias in layer {number}'s {part}.{name}"
         if hasattr(layer.self_attn, "q_norm") or hasattr(layer.self_attn, "k_norm"):
             return f"our step knows no query or key norm, layer {number} has one"
         if layer.input_layernorm.variance_epsilon != layer.post_attention_layernorm.variance_epsilon:
             return f"our step needs one norm epsilon per layer, layer {number} has two"
-    if type(model.get_output_embeddings()) is not nn.Linear:
-        return f"our step needs lm_head to be nn.Linear, got {type(model.get_output_embeddings()).__name__}"
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear or head.bias is not None:
+        return f"our step needs lm_head to be nn.Linear without bias, got {head}"
     return None
