@@ -22,6 +22,21 @@ MAX_NORM_WIDTH = 65536
 
 
 @triton.jit
+def add_product(a, b, acc):
+    """acc + a . b; of float32 each step is summed by itself.
+
+    One chain of 18,944 additions would lose digits that a library's split sums keep. A plain `+` becomes that chain:
+    the compiler makes the sum the product's accumulator. A fused multiply by one stays what it is.
+    """
+    if a.dtype.primitive_bitwidth >= 32:
+        part = tl.dot(a, b, input_precision="ieee", out_dtype=acc.dtype)
+        acc = tl.fma(part, tl.full(part.shape, 1.0, dtype=acc.dtype), acc)
+    else:
+        acc = tl.dot(a, b, acc, out_dtype=acc.dtype)
+    return acc
+
+
+@triton.jit
 def tile_products(
     x,
     norm_weight,
@@ -79,9 +94,9 @@ def tile_products(
             y *= tl.load(norm_weight + k, mask=in_depth, other=0.0).to(wide)[None, :]
         if ROW_TILE >= 16:
             y = tl.trans(y.to(w.dtype))
-            acc = tl.dot(w, y, acc, input_precision="ieee", out_dtype=wide)
+            acc = add_product(w, y, acc)
             if PAIR:
-                acc2 = tl.dot(w2, y, acc2, input_precision="ieee", out_dtype=wide)
+                acc2 = add_product(w2, y, acc2)
         else:
             y = y.to(wide)[:, None, :]
             acc += w.to(wide) * y

@@ -260,6 +260,15 @@ def test_overlapped_decode_kernels_wait_before_they_touch_an_activation(oracle, 
         assert len(machine) == 2 and not re.search(r"\bLDG|\bSTG|\bLDGSTS", machine[0]), f"{name}: moved by ptxas"
 
 
+def test_decode_products_in_float32_are_summed_step_by_step(oracle):
+    """The compiler must not merge the steps into one chain of additions as long as the input width."""
+    for module, name, constants, tile, kind, expect in decode_products(oracle.kernel_module("decode_launch"), "fp32"):
+        if name == "_linear_add_kernel" and expect == "mma":
+            text = compile_for(getattr(oracle.kernel_module(module), name), constants, tile, kind, 90).asm["ttgir"]
+            accumulators = re.findall(r"tt\.dot %\w+, %\w+, %(\w+)", text)
+            assert accumulators and all(name.startswith("cst") for name in accumulators), accumulators
+
+
 def test_decode_noise_uses_an_accurate_logarithm(oracle):
     """The fast one is off by 2^-22 near one, where the inner logarithm is smaller than that."""
     for module, name, constants, tile, kind, _ in decode_products(oracle.kernel_module("decode_launch"), "bf16"):
