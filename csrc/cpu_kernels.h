@@ -68,6 +68,23 @@ struct Kernels {
   void (*add_scaled_tokens)(W* out, const X* in, W scale, int64_t count);
   void (*widen)(const X* in, W* out, int64_t count);
   void (*narrow)(const W* in, X* out, int64_t count);
+
+  // out[r * ld_out + n] = sum_k w[n * width + k] * x[r * ld_x + k] for n < count; made for few rows of x. An output
+  // does not depend on `count` or `num_rows`.
+  void (*linear_rows)(const X* w, int64_t count, int64_t width, const X* x, int64_t ld_x, int64_t num_rows, W* out,
+                      int64_t ld_out);
+  // Softmax of scale * scores along each row, scale > 0; rows hold a multiple of 16 values, what follows `count` is
+  // written, too.
+  void (*softmax_rows)(W* scores, int64_t ld, int64_t num_rows, int64_t count, W scale);
+  // out[r * width + c] = sum_t weights[r * ld + t] * values[t * width + c]
+  void (*mix_values)(const W* weights, int64_t ld, int64_t num_rows, const X* values, int64_t count, int64_t width,
+                     W* out);
+  // out := weight * x / sqrt(mean(x^2) + eps)
+  void (*norm_row)(const X* x, const X* weight, double eps, int64_t width, X* out);
+  // out := silu(gate) * up, rounded twice
+  void (*gate_row)(const X* gate, const X* up, X* out, int64_t count);
+  // x += y
+  void (*add_row)(X* x, const X* y, int64_t count);
 };
 
 namespace avx512bf16 {

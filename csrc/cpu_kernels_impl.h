@@ -71,6 +71,11 @@ void add_scaled(Wide<X>* out, const X* in, Wide<X> scale, int64_t count) {
 }
 
 }  // namespace
+}  // namespace vreflection::VREFLECTION_ISA
+
+#include "cpu_decode.h"
+
+namespace vreflection::VREFLECTION_ISA {
 
 #if defined(VREFLECTION_BF16_PAIRS)
 const Kernels<bf16>& pair_table() {
@@ -82,7 +87,13 @@ const Kernels<bf16>& pair_table() {
                                        add_scaled<float>,
                                        add_scaled<bf16>,
                                        widen<bf16>,
-                                       narrow<bf16>};
+                                       narrow<bf16>,
+                                       linear_rows<Pairs>,
+                                       softmax_rows<float>,
+                                       mix_values<bf16>,
+                                       norm_row<bf16>,
+                                       gate_row<bf16>,
+                                       add_row<bf16>};
   return kTable;
 }
 #else
@@ -90,8 +101,10 @@ template <class X>
 const Kernels<X>& table() {
   using W = Wide<X>;
   static const Kernels<X> kTable = {
-      dot_rows<Plain<X> >, mix_rows<X>,   outer_rows<X>, softmax_columns<W>, softmax_backward_columns<W>,
-      add_scaled<W>,       add_scaled<X>, widen<X>,      narrow<X>};
+      dot_rows<Plain<X> >,    mix_rows<X>,     outer_rows<X>, softmax_columns<W>, softmax_backward_columns<W>,
+      add_scaled<W>,          add_scaled<X>,   widen<X>,      narrow<X>,
+      linear_rows<Plain<X> >, softmax_rows<W>, mix_values<X>, norm_row<X>,        gate_row<X>,
+      add_row<X>};
   return kTable;
 }
 template const Kernels<float>& table<float>();

@@ -130,18 +130,22 @@ def test_its_error_is_at_most_twice_the_torch_steps(shape, dtype):
     low = make_model(*SHAPES[shape][:5], dtype)
     truth = make_model(*SHAPES[shape][:5], dtype)
     truth.model.language_model.double().rotary_emb.inv_freq = low.model.language_model.rotary_emb.inv_freq
-    inputs, position, length, cache = make_case(shape, dtype)
+    results = []
+    for seed in range(10):  # one row of a narrow model alone says nothing about an error's size
+        inputs, position, length, cache = make_case(shape, dtype, seed=seed)
 
-    def wide():
-        made = cache()
-        for tensors in (made.keys, made.values):
-            tensors[:] = [tensor.double() for tensor in tensors]
-        return made
+        def wide(cache=cache):
+            made = cache()
+            for tensors in (made.keys, made.values):
+                tensors[:] = [tensor.double() for tensor in tensors]
+            return made
 
-    exact = run(QwenStep, truth, (inputs.double(), position, length, wide))
-    case = (inputs, position, length, cache)
+        case = (inputs, position, length, cache)
+        exact = run(QwenStep, truth, (inputs.double(), position, length, wide))
+        results.append([run(CppStep, low, case), run(QwenStep, low, case), exact])
     floor = 1e-6 if dtype == torch.float32 else 0
-    for got, plain, expected in zip(run(CppStep, low, case), run(QwenStep, low, case), exact, strict=True):
+    for tensors in zip(*(zip(*result, strict=True) for result in results), strict=True):
+        got, plain, expected = (torch.stack(of_seeds) for of_seeds in zip(*tensors, strict=True))
         assert got.dtype == dtype
         for mine, budget in zip(errors(got, expected), errors(plain, expected)):
             assert mine <= 2 * budget + floor

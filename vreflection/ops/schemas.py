@@ -51,6 +51,12 @@ SKINNY_SCHEMAS = {
     "skinny_nn": "(Tensor x, Tensor w) -> Tensor",
     "skinny_tn": "(Tensor(a!) out, Tensor a, Tensor b) -> ()",
 }
+DECODE_SCHEMAS = {
+    "decode_step": (
+        "(Tensor inputs, Tensor position, Tensor length, SymInt extent, Tensor[] weights, float[] eps, "
+        "Tensor inverse_frequency, float rope_scale, Tensor(a!)[] keys, Tensor(b!)[] values) -> Tensor"
+    ),
+}
 
 
 def implement(name: str, function: Callable) -> None:
@@ -138,6 +144,7 @@ _FAKES = {
     "skinny_nt": lambda x, w: x.new_empty((x.shape[0], x.shape[1], w.shape[1])),
     "skinny_nn": lambda x, w: x.new_empty((x.shape[0], x.shape[1], w.shape[2])),
     "skinny_tn": lambda out, a, b: None,
+    "decode_step": lambda inputs, *rest: inputs.new_empty(inputs.shape),
 }
 
 
@@ -146,7 +153,7 @@ def define_all() -> None:
         for full in (name, f"{name}_torch"):
             LIBRARY.define(full + schema)
             torch.library.register_fake(f"vreflection::{full}", _FAKES[name], lib=LIBRARY)
-    for name, schema in (SKINNY_SCHEMAS | PLAN_SCHEMAS | LOSS_SCHEMAS).items():
+    for name, schema in (SKINNY_SCHEMAS | PLAN_SCHEMAS | LOSS_SCHEMAS | DECODE_SCHEMAS).items():
         LIBRARY.define(name + schema)
         torch.library.register_fake(f"vreflection::{name}", _FAKES[name], lib=LIBRARY)
 

@@ -1,0 +1,54 @@
+"""The decode step on the CPU as one C++ call: `csrc/decode_step.cpp`."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..ops import dispatch
+from .cache import KVCache
+from .steps import QwenStep
+
+# Rows above which the library's products are faster than ours (docs/kernels.md, "The CPU step").
+MAX_ROWS = 32
+
+
+def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the C++ step cannot run on tensors of this device and dtype, or None."""
+    if device.type != "cpu":
+        return f"the C++ step runs on the CPU, the model is on {device}"
+    if dtype not in dispatch.CPP_DTYPES:
+        return f"the C++ step takes float32, float64 or bfloat16, got {dispatch.short(dtype)}"
+    return dispatch.CPP_MISSING or None
+
+
+def why_not_weights(model: nn.Module, dtype: torch.dtype) -> str | None:
+    """Why weights cannot be read where they are, or None."""
+    for name, weight in model.model.language_model.named_parameters():
+        if weight.dtype != dtype:
+            found = dispatch.short(weight.dtype)
+            return f"the C++ step needs weights of the cache's {dispatch.short(dtype)}, {name} has {found}"
+        if not weight.is_contiguous():
+            return f"the C++ step reads weights where they are, {name} is not contiguous"
+    return None
+
+
+class CppStep(QwenStep):
+    """`QwenStep`'s maths in one call; weights are read in place, each once."""
+
+    name = "cpp"
+
+    def __init__(self, model: nn.Module, cache: KVCache):
+        super().__init__(model, cache)
+        no_bias = self.final_norm.weight.new_empty(0)
+        self.weights = [no_bias if w is None else w for layer in self.layers for w in layer if not isinstance(w, float)]
+        self.weights.append(self.final_norm.weight)
+        self.eps = [*(layer.eps for layer in self.layers), self.final_norm.variance_epsilon]
+
+    def forward(self, inputs_BD, position, length, extent):
+        if inputs_BD.shape[0] > MAX_ROWS:
+            return super().forward(inputs_BD, position, length, extent)
+        return torch.ops.vreflection.decode_step(
+            inputs_BD, position, length, extent, self.weights, self.eps, self.inverse_frequency, self.rope_scale,
+            self.cache.keys, self.cache.values,
+        )  # fmt: skip
