@@ -27,12 +27,12 @@ bench() { part "$1" "$2" python3 -m pytest -q -s "bench/$1.py" --benchmark-json=
 part install 90 python3 -m pip install --no-deps --no-build-isolation -e .
 part versions 60 python3 -m vreflection info --json
 if wanted tests; then
-  part gpu_tests 300 python3 -m pytest -q -m gpu tests --maxfail=20 --ignore-glob='tests/test_gpu_decode*'
+  part gpu_tests 300 python3 -m pytest -q -m gpu tests --maxfail=20 --ignore-glob='tests/test_gpu_decode*' --ignore=tests/engine
   part race_check 120 compute-sanitizer --tool racecheck --error-exitcode 9 \
     python3 -m pytest -q -m gpu tests/test_gpu_ops.py -k "shipped and 0"
 fi
 if wanted decode-tests; then
-  part decode_tests 400 python3 -m pytest -q -m gpu tests/test_gpu_decode*.py --maxfail=20
+  part decode_tests 400 python3 -m pytest -q -m gpu tests/test_gpu_decode*.py tests/engine --maxfail=20
 fi
 if wanted bench; then
   bench bench_probe_attention 180

@@ -1,4 +1,4 @@
-"""Decoding on a real GPU: runner tiers, then the engine. Run with `pytest -m gpu`."""
+"""Runner tiers on a real GPU; the engine: tests/engine/test_gpu_engine.py. Run with `pytest -m gpu`."""
 
 import subprocess
 import sys
@@ -247,6 +247,3 @@ def test_a_failed_capture_leaves_everything_usable(mistake):
     code = FAILED_CAPTURE.format(folder=str(Path(__file__).parent), mistake=mistake)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-
-
-# The engine

@@ -76,6 +76,7 @@ class Look:
     emitted: torch.Tensor
     hidden: torch.Tensor | None
     rows: list[Row]
+    steps: int
     ready: Any = None  # CUDA event
 
 
@@ -594,18 +595,21 @@ class LatentDecoder:
         emitted = self.buffers.emitted[:steps]
         hidden = None if program.hidden is None else program.hidden[:steps].clone()
         if self.device.type != "cuda":
-            return Look(emitted, hidden, rows)
+            return Look(emitted, hidden, rows, steps)
         host = torch.empty(emitted.shape, dtype=emitted.dtype, pin_memory=True)
         host.copy_(emitted, non_blocking=True)
         ready = torch.cuda.Event()
         ready.record()
-        return Look(host, hidden, rows, ready)
+        return Look(host, hidden, rows, steps, ready)
 
     def read(self, look: Look) -> list[Emitted]:
         if look.ready is not None:
             look.ready.synchronize()
-        events = []
-        for number, line in enumerate(look.emitted.tolist()):
+        events, lines = [], look.emitted.tolist()
+        for row in look.rows:
+            # A loop on the device may stop early.
+            row.launched += sum(line[row.slot] != NOTHING for line in lines) - look.steps
+        for number, line in enumerate(lines):
             for row in look.rows:
                 if row.done or line[row.slot] == NOTHING:
                     continue
