@@ -133,6 +133,24 @@ def test_the_extent_only_sizes_the_splits(oracle, extent):
     oracle.assert_close(got[0], plain(torch.float64)[0], 1e-5)
 
 
+def test_splits_past_a_row_return_at_once(oracle, monkeypatch):
+    """Row by row, only the splits that begin at or before the new column leave a sum and its statistics."""
+    workspaces, plain_empty = [], torch.empty
+
+    def empty(*shape, **options):
+        workspaces.append(plain_empty(*shape, **options).fill_(123.0))
+        return workspaces[-1]
+
+    monkeypatch.setattr(torch, "empty", empty)
+    kv_heads, group, width, _, lengths = CASES["mixed"]
+    run(oracle, CASES["mixed"], torch.float32, 5, extent=70)
+    used = torch.tensor([[split * 16 <= length for split in range(5)] for length in lengths])
+    for workspace in workspaces[-2:]:
+        written = (workspace != 123.0).view(len(lengths), kv_heads * group, 5, -1)
+        assert torch.equal(written.all(-1), used[:, None].expand(-1, kv_heads * group, -1))
+        assert torch.equal(written.any(-1), written.all(-1))
+
+
 def test_steps_of_a_row_grow_the_cache(oracle):
     """Three tokens in a row: each sees those before it, as a causal attention over all of them would."""
     kernels = oracle.kernel_module("decode_attention")

@@ -99,7 +99,7 @@ def test_many_tiles_are_reduced_in_steps(oracle, monkeypatch):
     kernels = oracle.kernel_module("decode_pick")
     monkeypatch.setattr(kernels, "_REDUCE_STEP", 4)
     config = oracle.kernel_module("decode_launch").ProductConfig(2, 1, 1, 4, 1)
-    for best in ([0], [7], [8], [20, 3], [19, 9], [6, 7, 8]):
+    for best in ([0], [7], [8], [20, 3], [19, 9], [6, 7, 8], [18, 10, 2]):
         weight = torch.zeros(21, 1)
         weight[best] = 1.0
         token = kernels.lm_head_pick(torch.ones(1, 1), weight, everyone(1), kept(1), config=config)
