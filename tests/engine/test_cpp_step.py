@@ -225,6 +225,26 @@ def test_no_rows_and_many_rows(monkeypatch):
     assert torch.equal(run(CppStep, model, case)[0], run(QwenStep, model, case)[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=["fp64", "fp32", "bf16"])
+@pytest.mark.parametrize(("rows", "words", "width"), [(1, 1, 8), (3, 65, 20), (8, 5000, 192), (33, 130, 64)])
+def test_greedy_words(rows, words, width, dtype):
+    generator = torch.Generator().manual_seed(rows)
+    # Whole numbers: every sum is exact, and many logits are equal.
+    hidden = torch.randint(-1, 2, (rows, width), generator=generator).to(dtype)
+    weight = torch.randint(-1, 2, (words, width), generator=generator).to(dtype)
+    needed = torch.rand(rows, generator=generator) < 0.7
+    needed[0] = True
+    logits = hidden.double() @ weight.double().T
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        picked = torch.ops.vreflection.decode_pick(hidden, needed, weight)
+        assert torch.equal(picked, torch.where(needed, logits.argmax(dim=1), 0))
+    if words > 1:
+        weight[words // 2] = weight[words - 1] = float("nan")
+        assert int(torch.ops.vreflection.decode_pick(hidden, needed, weight)[0]) == words // 2
+        assert torch.ops.vreflection.decode_pick(hidden, ~(needed | True), weight).eq(0).all()
+
+
 @pytest.mark.parametrize("mode", ["clean", "parity"])
 @pytest.mark.parametrize("rows", [1, 3])
 def test_whole_answers(lab, mode, rows):
@@ -318,7 +338,7 @@ def test_every_instruction_set_passes(isa):
     if "this machine and build go up to" in first.stderr:
         pytest.skip(f"this machine has no {isa}")
     assert first.returncode == 0, first.stderr
-    subset = "float64 or twice or nan or place or threads"
+    subset = "float64 or twice or nan or place or threads or greedy"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", subset, __file__]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-3000:]

@@ -209,8 +209,8 @@ def test_leftovers_of_an_earlier_prompt_do_not_matter(lab):
         for tensor in (*decoder.cache.keys, *decoder.cache.values):
             assert tensor[0, :, 50].any()
             with torch.inference_mode():
-                tensor[0, :, : decoder.dirty[0]] = float("nan")
-        decoder.held.clear()
+                tensor[0, :, : decoder.prefill.dirty[0]] = float("nan")
+        decoder.prefill.held.clear()
         assert [a.tokens for a in decoder.generate([lab.prompt(1)], max_new_tokens=20)] == expected
 
 
@@ -227,13 +227,13 @@ def test_prompts_that_begin_alike_share_their_beginning(lab, tiny, monkeypatch, 
     assert [a.tokens for a in decoder.generate(prompts, max_new_tokens=10)] == expected
     whole = sum(p["input_ids"].shape[1] for p in prompts)
     assert sum(computed) < whole - 3 * 16  # all but the first skip the image
-    assert decoder.features.encoded == 1
+    assert decoder.prefill.features.encoded == 1
     # Another image with the same ids shares nothing but the tokens before it.
     other = lab.prompt(3, question=(7, 8, 9))
     other["pixel_values"] = other["pixel_values"].flip(0)
     expected = [a.tokens for a in make(model, share_prefixes=False).generate([other], max_new_tokens=10)]
     assert [a.tokens for a in decoder.generate([other], max_new_tokens=10)] == expected
-    assert decoder.features.encoded == 2
+    assert decoder.prefill.features.encoded == 2
 
 
 def test_images_are_encoded_once(lab, monkeypatch):
@@ -258,7 +258,7 @@ def test_images_are_encoded_once(lab, monkeypatch):
     small = make(model, max_batch_size=1, image_cache=1)
     for n in (0, 3, 0):
         small.generate([{**lab.prompt(n), "image_keys": [f"file {n}"]}], max_new_tokens=2)
-    assert small.features.encoded == 3
+    assert small.prefill.features.encoded == 3
 
 
 def test_admission_in_the_midst_of_spans(lab):

@@ -127,7 +127,7 @@ def test_low_precision_errors(lab, tiny, dtype):
         with torch.inference_mode():
             prompt = lab.prompt(3)
             prompt["pixel_values"] = prompt["pixel_values"].to(kind)
-            embeds, positions = decoder.inputs([decoder.prompt(prompt)])[0]
+            embeds, positions = decoder.prefill.inputs([decoder.prompt(prompt)])[0]
             decoder.step.prefill(embeds[None], positions[:, None], [0])
             out = []
             for n, token in enumerate((7, 8, 3, 4, 5, 6, 9, 10)):

@@ -28,13 +28,15 @@ def running(lab):
         decoder.advance(2)
         with torch.inference_mode():
             decoder.buffers.rewind()
-        return decoder, DecodeProgram(decoder.step, decoder.buffers, decoder.rules, ProgramKey(4, 64, plan=plan, **key))
+        key = ProgramKey(4, 64, plan=plan, **key)
+        return decoder, DecodeProgram(decoder.step, decoder.buffers, decoder.rules, key, native=False)
 
     return make
 
 
 @pytest.mark.parametrize(
-    ("step", "plan"), [("torch", "greedy"), ("torch", "penalty"), ("torch", "everything"), ("model", "sample")]
+    ("step", "plan"),
+    [("torch", "greedy"), ("torch", "penalty"), ("torch", "everything"), ("cpp", "greedy"), ("model", "sample")],
 )
 def test_a_step_traces_whole(running, step, plan):
     """One graph, without a break: nothing in a step depends on a value on the device."""
@@ -106,7 +108,7 @@ def test_other_precisions(lab, dtype):
         prompt = lab.prompt(3)
         prompt["pixel_values"] = prompt["pixel_values"].to(net.dtype)
         with torch.inference_mode():
-            embeds, positions = decoder.inputs([decoder.prompt(prompt)])[0]
+            embeds, positions = decoder.prefill.inputs([decoder.prompt(prompt)])[0]
             decoder.step.prefill(embeds[None], positions[:, None], [0])
             length, out = embeds.shape[0], []
             for n, token in enumerate(forced):

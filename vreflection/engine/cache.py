@@ -41,12 +41,13 @@ class KVCache:
 
     def wipe(self, row: int, start: int, stop: int) -> None:
         """Zero what an earlier prompt left in `[start, stop)` of a row."""
-        for tensor in (*self.keys, *self.values):
-            tensor[row, :, start:stop] = 0
+        if stop > start:
+            for tensor in (*self.keys, *self.values):
+                tensor[row, :, start:stop] = 0
 
-    def copy_prefix(self, source: int, targets: Sequence[int], columns: int) -> None:
+    def copy_prefix(self, source: int, target: int, columns: int) -> None:
         for tensor in (*self.keys, *self.values):
-            tensor[list(targets), :, :columns] = tensor[source, :, :columns]
+            tensor[target, :, :columns] = tensor[source, :, :columns]
 
 
 def cache_bytes(layers: int, rows: int, heads: int, columns: int, width: int, dtype: torch.dtype) -> int:

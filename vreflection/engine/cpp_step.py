@@ -24,7 +24,8 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def why_not_weights(model: nn.Module, dtype: torch.dtype) -> str | None:
     """Why weights cannot be read where they are, or None."""
-    for name, weight in model.model.language_model.named_parameters():
+    weights = model.model.language_model.named_parameters()
+    for name, weight in (*weights, ("lm_head.weight", model.get_output_embeddings().weight)):
         if weight.dtype != dtype:
             found = dispatch.short(weight.dtype)
             return f"the C++ step needs weights of the cache's {dispatch.short(dtype)}, {name} has {found}"
@@ -52,3 +53,8 @@ class CppStep(QwenStep):
             inputs_BD, position, length, extent, self.weights, self.eps, self.inverse_frequency, self.rope_scale,
             self.cache.keys, self.cache.values,
         )  # fmt: skip
+
+    def pick(self, hidden_BD, needed, rows, plan, state):
+        if plan.sample or plan.penalty or hidden_BD.shape[0] > MAX_ROWS:
+            return super().pick(hidden_BD, needed, rows, plan, state)
+        return torch.ops.vreflection.decode_pick(hidden_BD, needed, self.lm_head.weight)

@@ -9,9 +9,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
 
 import torch
 
@@ -32,8 +30,9 @@ from ..errors import ConfigError
 from .cache import KVCache
 from .choice import choose_step
 from .memory import check_fit
-from .prefill import FeatureCache, Filling, forward_groups, pad_right, plan_sharing, signature
+from .prefill import Prefill
 from .requests import Emitted, Generation, Prompt, Request
+from .rows import Look, Row
 from .settings import given_latents, resolve_latent_steps, resolve_settings
 from .steps import eval_mode
 
@@ -45,39 +44,6 @@ SMALLEST_EXTENT = {"cpu": 64, "cuda": 512}
 LOOK_EVERY = 8
 RING = 64
 LOOP_RING = 1024
-
-
-@dataclass
-class Row:
-    """A request in its place in the batch."""
-
-    ticket: int
-    slot: int
-    request: Request
-    answer: Generation
-    launched: int = 0  # steps sent to the device, an upper bound of those taken
-    in_span: int | None = None  # latents emitted in the open span; 0 right after its start token
-    hidden: list[torch.Tensor] = field(default_factory=list)
-    done: bool = False
-
-    @property
-    def columns(self) -> int:
-        return self.answer.prompt_length + self.launched
-
-    def free_steps(self) -> int:
-        """Coming steps whose output needs no token."""
-        return 0 if self.in_span is None else self.request.latent_steps - self.in_span
-
-
-@dataclass
-class Look:
-    """Steps sent to the device whose emissions the host has not read yet."""
-
-    emitted: torch.Tensor
-    hidden: torch.Tensor | None
-    rows: list[Row]
-    steps: int
-    ready: Any = None  # CUDA event
 
 
 class LatentDecoder:
@@ -122,7 +88,7 @@ class LatentDecoder:
         text = config.get_text_config()
         self.device, self.width = model.device, text.hidden_size
         self.dtype = model.get_input_embeddings().weight.dtype
-        self.image_token_id, self.merge = config.image_token_id, config.vision_config.spatial_merge_size
+        self.merge = config.vision_config.spatial_merge_size
         settings = resolve_settings(model.generation_config, {})
         self.rules = DecodeRules(config.lvr_start_id, config.lvr_id, settings.pad_token_id, latent_mode)
         self.tier = choose_tier(tier, self.device)
@@ -140,17 +106,13 @@ class LatentDecoder:
             ring = LOOP_RING if self.tier.name == "loop" else RING
             self.buffers = DecodeBuffers.allocate(max_batch_size, self.width, self.dtype, self.device, ring)
         self.step = choose_step(step, model, self.cache)
-        self.features = FeatureCache(model, image_cache)
-        self.share_prefixes = share_prefixes
+        self.prefill = Prefill(model, self.step, self.cache, image_cache, share_prefixes)
         self.programs: dict[ProgramKey, DecodeProgram] = {}
         self.waiting: deque[tuple[int, Request]] = deque()
         self.rows: dict[int, Row] = {}
         self.by_ticket: dict[int, Row] = {}
         self.cancelled: deque[int] = deque()
         self.looks: deque[Look] = deque()
-        self.held: dict[int, Any] = {}  # marks of the prompt that lies in a cache row, occupied or not
-        self.dirty = [0] * max_batch_size  # columns of a row ever written
-        self.weights_stamp: list[tuple[int, int]] = []
         self.next_ticket = 0
         self.started: list[int] = []
 
@@ -363,24 +325,12 @@ class LatentDecoder:
 
     def places(self, taken, free: list[int]) -> list[int]:
         """A free row per request; rows that hold a prompt worth sharing are used last."""
-        return sorted(sorted(free, key=lambda slot: slot in self.held)[: len(taken)])
+        return sorted(sorted(free, key=lambda slot: slot in self.prefill.held)[: len(taken)])
 
     def fill(self, taken: list[tuple[int, Request]], slots: list[int]) -> list[Emitted]:
-        if not self.rows:
-            self.forget_old_weights()
-        replaced = {slot: self.held.pop(slot) for slot in slots if slot in self.held}
         self.make_room(max(len(request.prompt) for _, request in taken) + 1)
-        fillings = []
-        for slot, (_, request) in zip(slots, taken):
-            marks = signature(request.prompt, self.image_token_id, self.merge) if self.share_prefixes else None
-            fillings.append(Filling(slot, request.prompt, marks))
-        hidden = {}
-        for wave in plan_sharing(fillings, self.held, replaced):
-            hidden |= self.prefill(wave)
-        for filling in fillings:
-            if filling.marks is not None:
-                self.held[filling.row] = filling.marks
         requests = [request for _, request in taken]
+        hidden = self.prefill.fill(slots, [request.prompt for request in requests], idle=not self.rows)
         last = torch.stack([hidden[slot][0] for slot in slots])
         positions = [hidden[slot][1] for slot in slots]
         emissions = self.first_picks(slots, requests, last, positions)
@@ -394,59 +344,6 @@ class LatentDecoder:
                 row.hidden.append(z)
             events.append(self.note(row, number))
         return events
-
-    def forget_old_weights(self) -> None:
-        """What was computed before the parameters changed (training in between) is not reused."""
-        stamp = [(p.data_ptr(), p._version) for p in self.model.parameters()]
-        if stamp != self.weights_stamp:
-            self.weights_stamp = stamp
-            self.held.clear()
-            self.features.features.clear()
-
-    def prefill(self, wave: list[Filling]) -> dict[int, tuple[torch.Tensor, int]]:
-        """Last hidden state and next rope position per row."""
-        found = {}
-        for donor in {f.donor for f in wave if f.donor is not None}:
-            sharing = [f for f in wave if f.donor == donor]
-            for filling in sharing:
-                if filling.donor != filling.row:
-                    self.cache.copy_prefix(donor, [filling.row], filling.start)
-        for group in forward_groups(wave):
-            inputs = self.inputs([f.prompt for f in group])
-            start, rows = group[0].start, [f.row for f in group]
-            embeds = pad_right([embeds[start:] for embeds, _ in inputs], 0)
-            positions = pad_right([positions[:, start:] for _, positions in inputs], 1).transpose(0, 1)
-            stop = start + embeds.shape[1]
-            self.make_room(stop)
-            for row in rows:
-                if self.dirty[row] > stop:
-                    self.cache.wipe(row, stop, self.dirty[row])
-                self.dirty[row] = stop
-            hidden = self.step.prefill(embeds, positions, rows, start)
-            for number, (filling, (_, position)) in enumerate(zip(group, inputs)):
-                last = len(filling.prompt) - start - 1
-                found[filling.row] = hidden[number, last], int(position.max()) + 1
-        return found
-
-    def inputs(self, prompts: list[Prompt]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Embeddings `(L, D)` with the visual tokens in their places, and rope positions `(3, L)`."""
-        made = []
-        features = self.features.of(prompts)
-        for prompt, tokens in zip(prompts, features):
-            if prompt.embeds is not None:
-                made.append((prompt.embeds, prompt.position_ids))
-                continue
-            as_batch = lambda value: None if value is None else value.to(self.device)[None]  # noqa: E731
-            positions = prompt.position_ids
-            embeds, positions = self.model.prompt_inputs(
-                as_batch(prompt.input_ids),
-                image_grid_thw=None if prompt.image_grid_thw is None else prompt.image_grid_thw.to(self.device),
-                mm_token_type_ids=as_batch(prompt.mm_token_type_ids),
-                position_ids=None if positions is None else positions[:, None].to(self.device),
-                image_features=tokens,
-            )
-            made.append((embeds[0], positions[-3:, 0]))
-        return made
 
     def first_picks(self, slots, requests: list[Request], last_BD, positions: list[int]) -> list[int]:
         """Set the rows' state, pick each one's first token; returns emissions."""
@@ -550,7 +447,7 @@ class LatentDecoder:
         self.tier.run(program, 1 if span else calls)
         for row in rows:
             row.launched += steps
-            self.dirty[row.slot] = max(self.dirty[row.slot], min(row.columns, self.cache.columns))
+            self.prefill.written(row.slot, row.columns)
         self.looks.append(self.look(rows, program, steps))
         return True
 
@@ -621,22 +518,10 @@ class LatentDecoder:
     def note(self, row: Row, number: int) -> Emitted:
         """Take one emission into a row's answer."""
         token, latent, last = read_emission(number)
-        answer = row.answer
-        answer.tokens.append(token)
-        answer.latent.append(latent)
-        if latent:
-            row.in_span = (row.in_span or 0) + 1
-        else:
-            row.in_span = 0 if token == self.rules.lvr_start_id and row.request.latent_steps else None
+        row.take(token, latent, self.rules.lvr_start_id)
         if last:
-            return self.finish(row, token, latent, self.reason(row, token))
+            return self.finish(row, token, latent, row.why_it_ended(self.rules.clean))
         return Emitted(row.ticket, token, latent)
-
-    def reason(self, row: Row, token: int) -> str:
-        counted = len(row.answer.latent) - (sum(row.answer.latent) if self.rules.clean else 0)
-        if token in row.request.eos_token_ids and not row.answer.latent[-1]:
-            return "eos"
-        return "max_new_tokens" if counted >= row.request.max_new_tokens else "max_length"
 
     def finish(self, row: Row, token: int, latent: bool, reason: str) -> Emitted:
         row.done = True
@@ -644,31 +529,13 @@ class LatentDecoder:
         answer.finish_reason = reason
         del self.rows[row.slot], self.by_ticket[row.ticket]
         # A finished row still writes, just past its end.
-        self.dirty[row.slot] = min(max(self.dirty[row.slot], row.columns) + 1, self.cache.columns)
+        self.prefill.written(row.slot, row.columns + 1)
         if self.processor is not None:
             shown = [t for t, hidden in zip(answer.tokens, answer.latent) if not hidden]
             answer.text = self.processor.decode(shown)
         if row.request.return_latents:
-            self.collect(row)
+            row.collect()
         return Emitted(row.ticket, token, latent, answer)
-
-    def collect(self, row: Row) -> None:
-        """Hidden states of the row, and which of them were fed back and came out at slots."""
-        answer, steps = row.answer, row.request.latent_steps
-        if not row.hidden:
-            return
-        hidden = torch.stack(row.hidden)
-        # The input that step t consumed was the latent that the emission before it announced.
-        fed = torch.tensor([False, *answer.latent[:-1]], device=hidden.device)
-        whole = int(fed.sum()) // steps * steps if steps else 0
-        probes = hidden[fed][:whole]
-        latents = hidden[fed.roll(-1)][:whole] if whole else probes
-        shape = (-1, max(steps, 1), self.width)
-        if row.request.latents is not None and whole:
-            latents = row.request.latents.to(hidden).repeat(whole // steps, 1)
-        with torch.inference_mode(False):
-            answer.latents, answer.probes = latents.clone().view(shape), probes.clone().view(shape)
-            answer.step_hidden = hidden.clone()
 
     # For benchmarks
 

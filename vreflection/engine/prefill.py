@@ -13,7 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from .cache import KVCache
 from .requests import Prompt
+from .steps import HostStep
 
 # Below this many tokens, copying a shared beginning costs more than computing it.
 SHORTEST_SHARED = 32
@@ -175,3 +177,97 @@ def pad_right(rows: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
     for target, row in zip(padded, rows, strict=True):
         target.narrow(dim, 0, row.shape[dim]).copy_(row)
     return padded
+
+
+class Prefill:
+    """Fills cache rows with prompts.
+
+    Attributes:
+        held: marks (see `signature`) of the prompt that lies in a row, whether the row is in use or not.
+    """
+
+    def __init__(self, model, step: HostStep, cache: KVCache, image_cache: int, share_prefixes: bool):
+        self.model, self.step, self.cache = model, step, cache
+        self.features = FeatureCache(model, image_cache)
+        self.share_prefixes = share_prefixes
+        self.held: dict[int, np.ndarray] = {}
+        self.dirty = [0] * cache.rows  # columns of a row ever written
+        self.weights: list[tuple[int, int]] = []
+
+    def fill(self, rows: list[int], prompts: list[Prompt], idle: bool) -> dict[int, tuple[torch.Tensor, int]]:
+        """Consume prompts into rows that nobody uses.
+
+        Args:
+            idle: no row is in use, so the parameters may have changed since the last call.
+
+        Returns:
+            per row its last hidden state `(D,)` and the rope position of its next input.
+        """
+        if idle:
+            self.forget_old_weights()
+        replaced = {row: self.held.pop(row) for row in rows if row in self.held}
+        fillings = [Filling(row, prompt, self.marks(prompt)) for row, prompt in zip(rows, prompts, strict=True)]
+        found = {}
+        for wave in plan_sharing(fillings, self.held, replaced):
+            for filling in wave:
+                if filling.donor not in (None, filling.row):
+                    self.cache.copy_prefix(filling.donor, filling.row, filling.start)
+            for group in forward_groups(wave):
+                found |= self.consume(group)
+        self.held |= {filling.row: filling.marks for filling in fillings if filling.marks is not None}
+        return found
+
+    def marks(self, prompt: Prompt) -> np.ndarray | None:
+        config = self.model.config
+        if not self.share_prefixes:
+            return None
+        return signature(prompt, config.image_token_id, config.vision_config.spatial_merge_size)
+
+    def forget_old_weights(self) -> None:
+        """What was computed before the parameters changed (training in between) is not reused."""
+        stamp = [(p.data_ptr(), p._version) for p in self.model.parameters()]
+        if stamp != self.weights:
+            self.weights = stamp
+            self.held.clear()
+            self.features.features.clear()
+
+    def consume(self, group: list[Filling]) -> dict[int, tuple[torch.Tensor, int]]:
+        """Run the prompts of one group through the model, from their common start on."""
+        inputs = self.inputs([f.prompt for f in group])
+        start, rows = group[0].start, [f.row for f in group]
+        embeds = pad_right([embeds[start:] for embeds, _ in inputs], 0)
+        positions = pad_right([positions[:, start:] for _, positions in inputs], 1).transpose(0, 1)
+        stop = start + embeds.shape[1]
+        for row in rows:
+            self.cache.wipe(row, stop, self.dirty[row])
+            self.dirty[row] = stop
+        hidden = self.step.prefill(embeds, positions, rows, start)
+        found = {}
+        for number, (filling, (_, position)) in enumerate(zip(group, inputs)):
+            last = len(filling.prompt) - start - 1
+            found[filling.row] = hidden[number, last], int(position.max()) + 1
+        return found
+
+    def inputs(self, prompts: list[Prompt]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Embeddings `(L, D)` with the visual tokens in their places, and rope positions `(3, L)`."""
+        made, device = [], self.model.device
+        features = self.features.of(prompts)
+        for prompt, tokens in zip(prompts, features):
+            if prompt.embeds is not None:
+                made.append((prompt.embeds, prompt.position_ids))
+                continue
+            as_batch = lambda value: None if value is None else value.to(device)[None]  # noqa: E731
+            positions, grids = prompt.position_ids, prompt.image_grid_thw
+            embeds, positions = self.model.prompt_inputs(
+                as_batch(prompt.input_ids),
+                image_grid_thw=None if grids is None else grids.to(device),
+                mm_token_type_ids=as_batch(prompt.mm_token_type_ids),
+                position_ids=None if positions is None else positions[:, None].to(device),
+                image_features=tokens,
+            )
+            made.append((embeds[0], positions[-3:, 0]))
+        return made
+
+    def written(self, row: int, columns: int) -> None:
+        """A row's steps have reached `columns`."""
+        self.dirty[row] = max(self.dirty[row], min(columns, self.cache.columns))

@@ -1,0 +1,79 @@
+"""A request in its place in the batch, and the steps it has taken.
+
+Shape suffixes: B rows, N latents per span, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .requests import Generation, Request
+
+
+@dataclass
+class Row:
+    """A request in its place in the batch."""
+
+    ticket: int
+    slot: int
+    request: Request
+    answer: Generation
+    launched: int = 0  # steps sent to the device, an upper bound of those taken
+    in_span: int | None = None  # latents emitted in the open span; 0 right after its start token
+    hidden: list[torch.Tensor] = field(default_factory=list)
+    done: bool = False
+
+    @property
+    def columns(self) -> int:
+        return self.answer.prompt_length + self.launched
+
+    def free_steps(self) -> int:
+        """Coming steps whose output needs no token."""
+        return 0 if self.in_span is None else self.request.latent_steps - self.in_span
+
+    def take(self, token: int, latent: bool, start_id: int) -> None:
+        """One more emitted position."""
+        self.answer.tokens.append(token)
+        self.answer.latent.append(latent)
+        if latent:
+            self.in_span = (self.in_span or 0) + 1
+        else:
+            self.in_span = 0 if token == start_id and self.request.latent_steps else None
+
+    def why_it_ended(self, clean: bool) -> str:
+        answer, request = self.answer, self.request
+        counted = len(answer.latent) - (sum(answer.latent) if clean else 0)
+        if answer.tokens[-1] in request.eos_token_ids and not answer.latent[-1]:
+            return "eos"
+        return "max_new_tokens" if counted >= request.max_new_tokens else "max_length"
+
+    def collect(self) -> None:
+        """Put the recorded hidden states into the answer: all, those fed back, and those that came out at slots."""
+        if not self.hidden:
+            return
+        answer, steps = self.answer, self.request.latent_steps
+        hidden = torch.stack(self.hidden)
+        # The input that step t consumed was the latent that the emission before it announced.
+        fed = torch.tensor([False, *answer.latent[:-1]], device=hidden.device)
+        whole = int(fed.sum()) // steps * steps if steps else 0
+        latents, probes = hidden[fed.roll(-1)][:whole], hidden[fed][:whole]
+        if self.request.latents is not None and whole:
+            latents = self.request.latents.to(hidden).repeat(whole // steps, 1)
+        shape = (-1, max(steps, 1), hidden.shape[1])
+        with torch.inference_mode(False):
+            answer.latents, answer.probes = latents.clone().view(shape), probes.clone().view(shape)
+            answer.step_hidden = hidden.clone()
+
+
+@dataclass
+class Look:
+    """Steps sent to the device whose emissions the host has not read yet."""
+
+    emitted: torch.Tensor
+    hidden: torch.Tensor | None
+    rows: list[Row]
+    steps: int
+    ready: Any = None  # CUDA event
