@@ -379,8 +379,80 @@ Tensor decode_step(Tensor inputs, Tensor position, Tensor length, int64_t extent
                       [&](auto* storage) { return run_step<std::remove_pointer_t<decltype(storage)>>(args, s); });
 }
 
+// The best logit of a row among some words: the first of equals, and a NaN before any number, as in PyTorch.
+template <class W>
+struct Best {
+  W value = 0;
+  int64_t word = -1;
+  void take(W other, int64_t at) {
+    if (word >= 0 && !(other > value) && !(other != other && value == value)) return;
+    value = other;
+    word = at;
+  }
+};
+
+template <class X>
+void pick_words(const Tensor& hidden, const bool* needed, const Tensor& weight, int64_t* picked) {
+  using W = Wide<X>;
+  const int64_t width = hidden.size(1), words = weight.size(0);
+  std::vector<int64_t> rows;
+  for (int64_t b = 0; b < hidden.size(0); ++b) {
+    picked[b] = 0;
+    if (needed[b]) rows.push_back(b);
+  }
+  const int64_t count = int64_t(rows.size()), bytes = words * width * int64_t(sizeof(X));
+  if (count == 0) return;
+  const int64_t num_tasks = std::min(divide_up(words, kBlock), divide_up(bytes, kTaskBytes));
+  const int64_t workers = worker_count(num_tasks), tiles = divide_up(words, kBlock);
+  const Workspace<X> packed(count * width), lines(workers * kBlock);
+  const Workspace<W> scratch(workers * count * kBlock);
+  for (int64_t i = 0; i < count; ++i)
+    std::copy_n(data_of<X>(hidden) + rows[i] * width, width, packed.data() + i * width);
+  std::vector<Best<W>> best(num_tasks * count);
+  run_tasks(num_tasks, workers, [&](int64_t worker, int64_t task) {
+    W* sums = scratch.data() + worker * count * kBlock;
+    X* line = lines.data() + worker * kBlock;
+    for (int64_t n = tiles * task / num_tasks * kBlock, end = std::min(words, tiles * (task + 1) / num_tasks * kBlock);
+         n < end; n += kBlock) {
+      const int64_t part = std::min(kBlock, end - n);
+      kernels<X>().linear_rows(data_of<X>(weight) + n * width, part, width, packed.data(), width, count, sums, kBlock);
+      for (int64_t i = 0; i < count; ++i) {
+        W* logits = sums + i * kBlock;  // rounded, since equal logits go to the first word
+        kernels<X>().narrow(logits, line, part);
+        kernels<X>().widen(line, logits, part);
+        for (int64_t j = 0; j < part; ++j) best[task * count + i].take(logits[j], n + j);
+      }
+    }
+  });
+  for (int64_t i = 0; i < count; ++i) {
+    Best<W> winner;
+    for (int64_t task = 0; task < num_tasks; ++task)
+      winner.take(best[task * count + i].value, best[task * count + i].word);
+    picked[rows[i]] = winner.word;
+  }
+}
+
+// arg-max of weight . hidden for each row that needs it, 0 for the others.
+Tensor decode_pick(Tensor hidden, Tensor needed, Tensor weight) {
+  check_dim(hidden, 2, "hidden");
+  check_dim(weight, 2, "weight");
+  check_matrix(weight, hidden.scalar_type(), weight.size(0), hidden.size(1), "weight");
+  check_numbers(needed, ScalarType::Bool, hidden.size(0), "needed");
+  STD_TORCH_CHECK(weight.size(0) > 0, "weight: expected at least one word, got none");
+  hidden = torch::stable::contiguous(hidden);
+  const Tensor picked = torch::stable::new_empty(hidden, {hidden.size(0)}, ScalarType::Long);
+  with_storage(hidden, "hidden", [&](auto* storage) {
+    pick_words<std::remove_pointer_t<decltype(storage)>>(hidden, data_of<bool>(needed), weight,
+                                                         mutable_data_of<int64_t>(picked));
+  });
+  return picked;
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(vreflection, CPU, m) { m.impl("decode_step", TORCH_BOX(&decode_step)); }
+STABLE_TORCH_LIBRARY_IMPL(vreflection, CPU, m) {
+  m.impl("decode_step", TORCH_BOX(&decode_step));
+  m.impl("decode_pick", TORCH_BOX(&decode_pick));
+}
 
 }  // namespace vreflection

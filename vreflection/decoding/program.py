@@ -10,6 +10,7 @@ from typing import Protocol
 
 import torch
 
+from ..ops import dispatch
 from .sampling import PickPlan, SamplingRows, pick_tokens
 from .state import NOTHING, DecodeRules, DecodeState, advance, plan_transition
 
@@ -105,9 +106,16 @@ class ProgramKey:
 
 
 class DecodeProgram:
-    """Callable: `key.steps` decode steps of the first `key.rows` rows. No host synchronisation, no growing tensor."""
+    """Callable: `key.steps` decode steps of the first `key.rows` rows. No host synchronisation, no growing tensor.
 
-    def __init__(self, step: Step, buffers: DecodeBuffers, rules: DecodeRules, key: ProgramKey):
+    Args:
+        native: move the rows by the compiled operators rather than by `plan_transition` and `advance`, with the same
+            result. Default: on the CPU, where they are there.
+    """
+
+    def __init__(
+        self, step: Step, buffers: DecodeBuffers, rules: DecodeRules, key: ProgramKey, native: bool | None = None
+    ):
         self.step, self.buffers, self.rules, self.key = step, buffers, rules, key
         self.steps = key.steps
         self.running, self.budget = buffers.running, buffers.budget
@@ -121,6 +129,9 @@ class DecodeProgram:
         given = key.given and buffers.given is not None and buffers.has_given is not None
         self.given = (buffers.given[: key.rows], buffers.has_given[: key.rows, None]) if given else None  # pyright: ignore
         self.nobody = torch.zeros(key.rows, dtype=torch.int64, device=buffers.cursor.device)
+        if native is None:
+            native = buffers.cursor.device.type == "cpu" and not dispatch.CPP_MISSING
+        self.native = NativeMoves(self) if native else None
 
     @property
     def state(self) -> list[torch.Tensor]:
@@ -133,20 +144,30 @@ class DecodeProgram:
             self.once()
 
     def once(self) -> None:
-        rows, rules = self.rows, self.rules
+        rows = self.rows
         inputs = torch.where(rows.mode[:, None], self.latent_inputs(), self.step.embed(rows.last_token))
         hidden = self.step.forward(inputs, rows.position, rows.length, self.key.extent)
+        moves = self if self.native is None or torch.compiler.is_compiling() else self.native
+        transition, needed = moves.plan()
+        if self.key.text:
+            picked = self.step.pick(hidden, needed, self.sampling, self.key.plan, rows)
+        else:
+            picked = self.nobody
+        moves.advance(hidden, picked, transition)
+
+    def plan(self) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
+        """Count the input that was consumed: the transition, and which rows need a token `(B,)`."""
+        rows = self.rows
         live = ~rows.finished
         # A finished row stands still: its place in the cache stays inside.
         rows.length.add_(live)
         rows.position.add_(live)
-        transition = plan_transition(rows, rules)
-        if self.key.text:
-            needed = live & ~transition[0] if rules.clean else live
-            picked = self.step.pick(hidden, needed, self.sampling, self.key.plan, rows)
-        else:
-            picked = self.nobody
-        moved, emitted = advance(rows, rules, hidden, picked, transition)
+        transition = plan_transition(rows, self.rules)
+        return transition, live & ~transition[0] if self.rules.clean else live
+
+    def advance(self, hidden: torch.Tensor, picked: torch.Tensor, transition) -> None:
+        """Take the step's output into the buffers."""
+        moved, emitted = advance(self.rows, self.rules, hidden, picked, transition)
         self.emitted.index_copy_(0, self.buffers.cursor, emitted[None])
         if self.hidden is not None:
             self.hidden.index_copy_(0, self.buffers.cursor, hidden[None])
@@ -164,3 +185,29 @@ class DecodeProgram:
         index = (rows.latent_steps - rows.remaining).clamp(0, given_BND.shape[1] - 1)
         chosen = given_BND.gather(1, index[:, None, None].expand(-1, 1, given_BND.shape[2]))[:, 0]
         return torch.where(has_given, chosen, rows.z)
+
+
+class NativeMoves:
+    """`DecodeProgram.plan` and `advance` on the CPU, one compiled operator each: `csrc/decode_state.cpp`."""
+
+    def __init__(self, program: DecodeProgram):
+        rows, rules, buffers = program.rows, program.rules, program.buffers
+        mode, remaining = torch.zeros_like(rows.mode), torch.zeros_like(rows.remaining)
+        self.transition, self.needed = (mode, remaining), torch.zeros_like(mode)
+        self.plan_arguments = (
+            rows.last_token, rows.mode, rows.remaining, rows.finished, rows.latent_steps, rules.lvr_start_id,
+            rules.clean, rows.position, rows.length, mode, remaining, self.needed,
+        )  # fmt: skip
+        self.advance_arguments = (
+            mode, remaining, rows.max_new_tokens, rows.capacity, rows.end_ids, rows.length,
+            rules.lvr_id, rules.pad_id, rules.clean,
+            rows.mode, rows.remaining, rows.finished, rows.last_token, rows.z, rows.counted, rows.seen,
+            program.emitted, program.hidden, buffers.cursor, program.budget, program.running,
+        )  # fmt: skip
+
+    def plan(self) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
+        torch.ops.vreflection.decode_plan.default(*self.plan_arguments)
+        return self.transition, self.needed
+
+    def advance(self, hidden: torch.Tensor, picked: torch.Tensor, transition) -> None:
+        torch.ops.vreflection.decode_advance.default(hidden, picked, *self.advance_arguments)

@@ -56,6 +56,19 @@ DECODE_SCHEMAS = {
         "(Tensor inputs, Tensor position, Tensor length, SymInt extent, Tensor[] weights, float[] eps, "
         "Tensor inverse_frequency, float rope_scale, Tensor(a!)[] keys, Tensor(b!)[] values) -> Tensor"
     ),
+    "decode_pick": "(Tensor hidden, Tensor needed, Tensor weight) -> Tensor",
+    "decode_plan": (
+        "(Tensor last_token, Tensor mode, Tensor remaining, Tensor finished, Tensor latent_steps, int lvr_start_id, "
+        "bool clean, Tensor(a!) position, Tensor(b!) length, Tensor(c!) next_mode, Tensor(d!) next_remaining, "
+        "Tensor(e!) needed) -> ()"
+    ),
+    "decode_advance": (
+        "(Tensor hidden, Tensor picked, Tensor next_mode, Tensor next_remaining, Tensor max_new_tokens, "
+        "Tensor capacity, Tensor end_ids, Tensor length, int lvr_id, int pad_id, bool clean, Tensor(a!) mode, "
+        "Tensor(b!) remaining, Tensor(c!) finished, Tensor(d!) last_token, Tensor(e!) z, Tensor(f!) counted, "
+        "Tensor(g!)? seen, Tensor(h!) emitted, Tensor(i!)? recorded, Tensor(j!) cursor, Tensor(k!) budget, "
+        "Tensor(l!) running) -> ()"
+    ),
 }
 
 
@@ -145,6 +158,9 @@ _FAKES = {
     "skinny_nn": lambda x, w: x.new_empty((x.shape[0], x.shape[1], w.shape[2])),
     "skinny_tn": lambda out, a, b: None,
     "decode_step": lambda inputs, *rest: inputs.new_empty(inputs.shape),
+    "decode_pick": lambda hidden, needed, weight: hidden.new_empty(hidden.shape[:1], dtype=torch.int64),
+    "decode_plan": lambda *tensors: None,
+    "decode_advance": lambda *tensors: None,
 }
 
 
