@@ -7,6 +7,7 @@ a microsecond. Nothing here imports triton or torch, or reads a device value.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from .launch import H200_MULTIPROCESSORS, PROGRAMS_PER_MULTIPROCESSOR, ceil_div, next_power_of_2
@@ -162,6 +163,7 @@ class DecodeAttentionConfig:
         return ceil_div(ceil_div(max(extent, 1), self.splits), self.keys) * self.keys
 
     @classmethod
+    @functools.lru_cache(maxsize=1024)  # asked once per layer and step
     def from_shape(
         cls,
         rows: int,
@@ -170,15 +172,24 @@ class DecodeAttentionConfig:
         element_size: int,
         multiprocessors: int = H200_MULTIPROCESSORS,
     ) -> DecodeAttentionConfig:
-        """As many splits as fill the device, none below one step of keys, one where a second launch costs more."""
+        """The fewest splits that end soonest, one where a second launch costs more."""
         keys, num_warps, num_stages = ATTENTION_TILES["32" if element_size > 2 else "16"]
-        splits = 1
-        if extent > UNSPLIT_KEYS:
-            wanted = ceil_div(PROGRAMS_PER_MULTIPROCESSOR * multiprocessors, max(rows * kv_heads, 1))
-            splits = max(min(wanted, ceil_div(extent, keys), MAX_SPLITS), 1)
-            # Whole steps may need fewer programs than wanted.
-            splits = ceil_div(extent, ceil_div(ceil_div(extent, splits), keys) * keys)
+        limit = min(ceil_div(extent, keys), MAX_SPLITS) if extent > UNSPLIT_KEYS else 1
+
+        def cost(splits: int) -> int:
+            """Steps until the last program ends; one more step stands for what a program does before its first."""
+            steps = ceil_div(ceil_div(extent, splits), keys)
+            return waves(rows * kv_heads * ceil_div(extent, steps * keys), multiprocessors) * (steps + 1)
+
+        best = min(range(1, limit + 1), key=cost)
+        # Whole steps of keys may need fewer splits than were asked for.
+        splits = ceil_div(extent, ceil_div(ceil_div(extent, best), keys) * keys)
         return cls(keys, splits, num_warps, num_stages)
+
+
+def waves(programs: int, multiprocessors: int) -> int:
+    """Rounds of programs on the device, two at a time on each multiprocessor."""
+    return max(ceil_div(programs, PROGRAMS_PER_MULTIPROCESSOR * multiprocessors), 1)
 
 
 # keys per step, num_warps, num_stages

@@ -165,7 +165,7 @@ def test_decode_tiles_exist_for_every_batch(decode_launch, family, rows, element
         assert blocks < 2**16
 
 
-@pytest.mark.parametrize("rows, kv_heads", [(1, 4), (1, 2), (8, 4), (32, 4), (1, 1)])
+@pytest.mark.parametrize("rows, kv_heads", [(1, 4), (1, 2), (8, 4), (17, 4), (32, 4), (1, 1)])
 @pytest.mark.parametrize("extent", [1, 16, 512, 513, 2048, 5000, 32768])
 def test_decode_attention_splits_cover_the_extent(decode_launch, launch, rows, kv_heads, extent):
     config = decode_launch.DecodeAttentionConfig.from_shape(rows, kv_heads, extent, 2)
@@ -175,9 +175,22 @@ def test_decode_attention_splits_cover_the_extent(decode_launch, launch, rows, k
     if extent <= decode_launch.UNSPLIT_KEYS:
         assert config.splits == 1
     else:
-        wanted = min(launch.PROGRAMS_PER_MULTIPROCESSOR * launch.H200_MULTIPROCESSORS, rows * kv_heads * 64)
-        # Whole steps of keys round the share up, at most to twice what was wanted.
-        assert config.splits * rows * kv_heads >= wanted / 2 or share == config.keys
+        programs, steps = config.splits * rows * kv_heads, share // config.keys
+        for splits in range(1, min(decode_launch.MAX_SPLITS, -(-extent // config.keys)) + 1):
+            other = decode_launch.DecodeAttentionConfig(config.keys, splits, 4, 3).split_keys(extent) // config.keys
+            others = rows * kv_heads * -(-extent // (other * config.keys))
+            waves = [decode_launch.waves(count, launch.H200_MULTIPROCESSORS) for count in (programs, others)]
+            assert waves[0] * (steps + 1) <= waves[1] * (other + 1), f"{splits} splits would end before {config.splits}"
+
+
+@pytest.mark.parametrize("kv_heads", [2, 4])
+@pytest.mark.parametrize("extent", [5064, 16064])
+def test_long_caches_fill_the_device(decode_launch, launch, kv_heads, extent):
+    for rows in range(1, 33):
+        config = decode_launch.DecodeAttentionConfig.from_shape(rows, kv_heads, extent, 2)
+        programs = config.splits * rows * kv_heads
+        slots = decode_launch.waves(programs, launch.H200_MULTIPROCESSORS) * 2 * launch.H200_MULTIPROCESSORS
+        assert programs >= 0.75 * slots or config.split_keys(extent) <= 4 * config.keys, (rows, config)
 
 
 def test_bad_decode_configs_name_the_fix(decode_launch):
