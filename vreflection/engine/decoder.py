@@ -31,7 +31,7 @@ from .cache import KVCache
 from .choice import choose_step
 from .memory import check_fit
 from .prefill import Prefill
-from .requests import Emitted, Generation, Prompt, Request
+from .requests import Emitted, Generation, Prompt, Request, check_images
 from .rows import Look, Row
 from .settings import given_latents, resolve_latent_steps, resolve_settings
 from .steps import eval_mode
@@ -173,10 +173,8 @@ class LatentDecoder:
             images = None if images is None else [images]
             given = self.processor(images, question, return_position_ids=True)
         made = Prompt.of(given)
-        if made.pixel_values is not None and made.image_features is not None:
-            raise ValueError("expected pixel_values or image_features, got both")
         if made.embeds is None:
-            made.image_parts(self.merge)
+            check_images(made, self.model.config.image_token_id, self.merge)
         return made
 
     def check_length(self, request: Request) -> None:

@@ -95,6 +95,20 @@ class Prompt:
         return list(zip(source.split(sizes), self.image_grid_thw))
 
 
+def check_images(prompt: Prompt, image_token_id: int, merge: int) -> None:
+    """Pixels, grids and image tokens of a prompt agree, or ValueError."""
+    if prompt.pixel_values is not None and prompt.image_features is not None:
+        raise ValueError("expected pixel_values or image_features, got both")
+    parts = prompt.image_parts(merge)
+    needed = sum(int(grid.prod()) // merge**2 for _, grid in parts)
+    found = int((prompt.input_ids == image_token_id).sum())
+    if found != needed:
+        raise ValueError(
+            f"image tokens and image_grid_thw disagree: {found} image tokens in input_ids, the grids need {needed}; "
+            "was the prompt cut inside an image, or are its images missing?"
+        )
+
+
 def one_row(name: str, value: torch.Tensor) -> torch.Tensor:
     if value.dim() == 2 and value.shape[0] != 1:
         raise ValueError(
