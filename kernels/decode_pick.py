@@ -91,7 +91,8 @@ def _lm_head_pick_kernel(
         scores = tl.where(was_seen, tl.where(scores < 0, scores * factor, divided(scores, factor)), scores)
     if SAMPLE:
         drawn = tl.load(sample + row, mask=in_rows, other=0).to(tl.int32)
-        divisor = tl.load(temperature + row, mask=in_rows, other=1.0).to(scores.dtype)[None, :]
+        # Temperatures of rows that do not sample may be anything, zero included.
+        divisor = tl.load(temperature + row, mask=in_rows & (drawn != 0), other=1.0).to(scores.dtype)[None, :]
         row_key = tl.load(key + row, mask=in_rows, other=0).to(tl.uint64, bitcast=True)
         if tl.max(drawn, axis=0) != 0:
             noisy = divided(scores, divisor) + gumbel(row_key[None, :], column[:, None]).to(scores.dtype)

@@ -11,8 +11,6 @@ pytestmark = [
     pytest.mark.skipif(
         os.environ.get("TRITON_INTERPRET") != "1", reason="run with TRITON_INTERPRET=1 python -m pytest -m interpreter"
     ),
-    # NumPy says so when integers wrap or a temperature that is not used divides by zero.
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
 ]
 WORD = 2**64
 KEPT = -5  # a token no kernel writes
