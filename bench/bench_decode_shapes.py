@@ -21,7 +21,7 @@ from vreflection.model.modeling import VReflectionForConditionalGeneration
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 DTYPE = torch.bfloat16 if CUDA else torch.float32
-STEP_NAMES = ("fused", "model") if CUDA else ("torch", "model")
+STEP_NAMES = ("fused", "fused, overlapped", "model") if CUDA else ("cpp", "torch", "model")
 SECONDS = float(os.environ.get("BENCH_SECONDS", "280"))
 SPAN = 8  # latents of a span, and text steps of a call
 SLACK = 64  # free cache columns past the context
@@ -177,8 +177,14 @@ class Bench:
             for step in STEP_NAMES:
                 try:
                     decoder = LatentDecoder(
-                        self.model, max_batch_size=batch, max_length=context + SLACK, step=step, tier=usable[-1]
+                        self.model,
+                        max_batch_size=batch,
+                        max_length=context + SLACK,
+                        step=step.split(",")[0],
+                        tier=usable[-1],
                     )
+                    if "overlapped" in step:
+                        decoder.step.overlap = True
                 except ConfigError as error:
                     print(f"\nno {step} step: {error}")
                     continue
