@@ -9,6 +9,22 @@ constexpr int kPairTile = kManyRegisters ? 8 : 4;   // weight rows against two r
 constexpr int kQuadTile = kManyRegisters ? 4 : 2;   // and against four
 constexpr float kNothing = -__builtin_inff();
 
+// The last channels, where they do not fill a vector; a function of its own, so that its calls cost the loop before it
+// no registers.
+template <class P>
+__attribute__((noinline)) void linear_rest(const typename P::X* w, int64_t ld_w, const typename P::X* x, int64_t ld_x,
+                                           int64_t depth, int kept, int num_rows, typename P::W* out, int64_t ld_out) {
+  using W = typename P::W;
+  for (int m = 0; m < num_rows; ++m) {
+    const typename P::Value row = P::part_value(x + m * ld_x, depth);
+    for (int n = 0; n < kept; ++n) {
+      Vec<W> sum = P::multiply_add(Vec<W>{}, P::part_value(w + n * ld_w, depth), row);
+      sum_lanes<W, 1, kLanes<W> / 2>(&sum);
+      out[m * ld_out + n] += sum[0];
+    }
+  }
+}
+
 // kN weight rows against kM rows of x. With kAhead it asks for the weights that come next.
 template <class P, int kN, int kM, bool kAhead>
 void linear_tile(const typename P::X* w, int64_t width, const typename P::X* x, int64_t ld_x, typename P::W* out,
@@ -17,7 +33,11 @@ void linear_tile(const typename P::X* w, int64_t width, const typename P::X* x, 
   using Value = typename P::Value;
   constexpr int L = kLanes<W>;
   const int64_t ahead = kLinearTile * width;
-  Vec<W> sums[kM][kN] = {};
+  Vec<W> sums[kM][kN];
+#pragma GCC unroll 4
+  for (int m = 0; m < kM; ++m)
+#pragma GCC unroll 8
+    for (int n = 0; n < kN; ++n) sums[m][n] = Vec<W>{};
   int64_t k = 0;
   for (; k + P::kStep <= width; k += P::kStep) {
     Value rows[kM];
@@ -26,28 +46,22 @@ void linear_tile(const typename P::X* w, int64_t width, const typename P::X* x, 
 #pragma GCC unroll 8
     for (int n = 0; n < kN; ++n) {
       const Value weight = P::load_value(w + n * width + k);
-      if constexpr (kAhead) __builtin_prefetch(w + ahead + n * width + k);
+      if constexpr (kAhead) __builtin_prefetch(w + ahead + n * width + k, 0, 2);
 #pragma GCC unroll 4
-      for (int m = 0; m < kM; ++m) sums[m][n] = P::multiply_add(sums[m][n], weight, rows[m]);
-    }
-  }
-  if (k < width) {
-    Value rows[kM];
-    for (int m = 0; m < kM; ++m) rows[m] = P::part_value(x + m * ld_x + k, width - k);
-    for (int n = 0; n < kN; ++n) {
-      const Value weight = P::part_value(w + n * width + k, width - k);
       for (int m = 0; m < kM; ++m) sums[m][n] = P::multiply_add(sums[m][n], weight, rows[m]);
     }
   }
 #pragma GCC unroll 4
   for (int m = 0; m < kM; ++m) {
     sum_lanes<W, kN, L / 2>(sums[m]);
-    W total[kN > L ? kN : L];
+    if constexpr (kN % L == 0) {
 #pragma GCC unroll 8
-    for (int v = 0; v * L < kN; ++v) store<W>(total + v * L, sums[m][v]);
-#pragma GCC unroll 8
-    for (int n = 0; n < kN; ++n) out[m * ld_out + n] = total[n];
+      for (int v = 0; v * L < kN; ++v) store<W>(out + m * ld_out + v * L, sums[m][v]);
+    } else {
+      __builtin_memcpy(out + m * ld_out, &sums[m][0], kN * sizeof(W));
+    }
   }
+  if (k < width) linear_rest<P>(w + k, width, x + k, ld_x, width - k, kN, kM, out, ld_out);
 }
 
 // All weight rows of a tile against kM rows of x.
