@@ -50,7 +50,7 @@ class CppStep(QwenStep):
     def forward(self, inputs_BD, position, length, extent):
         if inputs_BD.shape[0] > MAX_ROWS:
             return super().forward(inputs_BD, position, length, extent)
-        return torch.ops.vreflection.decode_step(
+        return torch.ops.vreflection.decode_step.default(
             inputs_BD, position, length, extent, self.weights, self.eps, self.inverse_frequency, self.rope_scale,
             self.cache.keys, self.cache.values,
         )  # fmt: skip
@@ -58,4 +58,4 @@ class CppStep(QwenStep):
     def pick(self, hidden_BD, needed, rows, plan, state):
         if plan.sample or plan.penalty or hidden_BD.shape[0] > MAX_PICK_ROWS:
             return super().pick(hidden_BD, needed, rows, plan, state)
-        return torch.ops.vreflection.decode_pick(hidden_BD, needed, self.lm_head.weight)
+        return torch.ops.vreflection.decode_pick.default(hidden_BD, needed, self.lm_head.weight)

@@ -55,7 +55,8 @@ class LatentDecoder:
         max_length: prompt and answer tokens per row, latents included; the cache for it is allocated at once. Default:
             the cache grows as needed.
         processor: a `VReflectionProcessor`; prompts may then be `(question, images)`, and answers carry text.
-        step: `auto`, `fused` (Triton kernels, CUDA), `torch` (plain PyTorch) or `model` (the host model's forward).
+        step: `auto`, `fused` (Triton kernels, CUDA), `cpp` (one C++ call, CPU), `torch` (plain PyTorch) or
+            `model` (the host model's forward).
         tier: `auto`, `eager`, `graph` or `loop`; see docs/decoding.md.
         latent_mode: `clean` or `parity` (see `DecodeRules`).
         image_cache: images whose visual tokens are kept for later prompts.
