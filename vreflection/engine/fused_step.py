@@ -5,6 +5,8 @@ Shape suffixes: B rows, D width, H query heads, K key/value heads, E head width,
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 from torch import nn
 
@@ -38,9 +40,9 @@ class FusedStep(QwenStep):
     def __init__(self, model: nn.Module, cache: KVCache):
         super().__init__(model, cache)
         # Importing the kernels imports triton.
-        from vreflection.kernels import decode_attention, decode_linear, decode_pick
-
-        self.linear, self.attention, self.picking = decode_linear, decode_attention, decode_pick
+        self.linear, self.attention, self.picking = (
+            importlib.import_module(f"vreflection.kernels.decode_{part}") for part in ("linear", "attention", "pick")
+        )
         self.query_width = self.layers[0].wq.shape[0]
         self.qkv_width = self.query_width + 2 * self.layers[0].wk.shape[0]
 
