@@ -10,6 +10,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 import vreflection as vr
 from vreflection.decoding import DecodeProgram, ProgramKey, advance, plan_transition
+from vreflection.engine.timing import TimedSteps
 from vreflection.quickstart.base import base_dir
 
 NEW_TOKENS, PROMPT = 48, 60
@@ -69,9 +70,11 @@ def test_latent_against_text_steps(interleaved, benchmark, ours, batch):
     decoder = vr.LatentDecoder(ours, max_batch_size=batch, max_length=128)
     count = 32
 
+    timed = TimedSteps(decoder)
+
     def run(latent):
-        decoder.warm_start([PROMPT] * batch)
-        decoder.run_steps(count, latent=latent)
+        timed.start([PROMPT] * batch)
+        timed.run(count, latent=latent)
 
     medians = interleaved({"latent": lambda: run(True), "text": lambda: run(False)}, "text", rounds=15)
     benchmark.extra_info["ms_per_step"] = {name: 1e3 * seconds / count for name, seconds in medians.items()}
@@ -81,7 +84,7 @@ def test_latent_against_text_steps(interleaved, benchmark, ours, batch):
 def test_where_a_steps_time_goes(interleaved, benchmark, ours, step):
     """The parts of one text step of one row, each by itself, many times."""
     decoder = vr.LatentDecoder(ours, max_batch_size=1, max_length=128, step=step)
-    decoder.warm_start([PROMPT])
+    TimedSteps(decoder).start([PROMPT])
     buffers, rules, times = decoder.buffers, decoder.rules, 50
     program = DecodeProgram(decoder.step, buffers, rules, ProgramKey(1, 128))
     rows, cut = program.rows, buffers.state

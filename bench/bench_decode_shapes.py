@@ -15,6 +15,7 @@ import torch
 from transformers import DynamicCache, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, StaticCache
 
 from vreflection.decoding.tiers import available_tiers, choose_tier
+from vreflection.engine.timing import TimedSteps
 from vreflection.errors import ConfigError
 from vreflection.model.modeling import VReflectionForConditionalGeneration
 
@@ -222,11 +223,13 @@ def timed_variants(bench, batch: int, context: int, steps: int, latent: bool, ea
     calls, before = {}, {}
 
     def add(name, decoder, tier):
+        timed = TimedSteps(decoder)
+
         def prepare():
             decoder.tier = tier
-            decoder.warm_start([context] * batch)
+            timed.start([context] * batch)
 
-        calls[name], before[name] = lambda: decoder.run_steps(steps, latent=latent), prepare
+        calls[name], before[name] = lambda: timed.run(steps, latent=latent), prepare
 
     for step, (decoder, tiers) in bench.at(batch, context).items():
         for tier in ("graph", "loop", "eager"):

@@ -113,7 +113,7 @@ void decode_advance(Tensor hidden, Tensor picked, Tensor next_mode, Tensor next_
     if (known != nullptr) known[b * vocabulary + id] |= counts;
     to_left[b] = left[b];
     last[b] = id;
-    out[b * stride] = before ? kNothing : id | int64_t(latent[b]) << kLatentBit | int64_t(done[b]) << kLastBit;
+    out[b * stride] = before ? kNothing : id | int64_t(planned[b]) << kLatentBit | int64_t(done[b]) << kLastBit;
     any |= !done[b];
   }
   if (recorded.has_value()) copy_rows(torch::stable::select(*recorded, 0, *line), hidden);

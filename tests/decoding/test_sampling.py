@@ -137,7 +137,8 @@ def test_a_near_zero_temperature_is_greedy(logits):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"temperature": 0.0}, "temperature: expected > 0, got 0.0; greedy is do_sample=False"),
+        ({"temperature": 0.0}, r"temperature: expected > 0 \(at least 1e-07\), got 0.0; greedy is do_sample=False"),
+        ({"temperature": 1e-30}, "temperature: expected > 0 .* got 1e-30"),
         ({"temperature": float("nan")}, "temperature: expected > 0"),
         ({"top_k": -1}, "top_k: expected at least 0"),
         ({"top_p": 0.0}, r"top_p: expected in \(0, 1\], got 0.0"),

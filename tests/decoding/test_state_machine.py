@@ -97,7 +97,7 @@ def oracle(prompt, limit, table, steps, mode, penalty=1.0, force=False, given_la
             seen.add(token)
         done = counted >= limit or (token in (EOS, OTHER_EOS) and not latent)
         row.tokens.append(token)
-        row.latent.append(latent and not done)
+        row.latent.append(latent)
         row.hidden.append(hidden)
         if done:
             return row
@@ -306,7 +306,7 @@ def test_limits():
     for limit in (1, 2, 3, 4, 5, 6):  # ghosts do, and may be cut off
         tokens, step, trace = script(endless, "parity", limit=limit)
         assert tokens == endless[:limit] and len(step.fed) == limit - 1
-        assert not trace.latent[0][-1]
+        assert trace.latent[0][-1] == (limit in (2, 3, 4))
 
 
 def test_a_forced_start():
@@ -337,7 +337,7 @@ def test_the_end_of_the_cache_ends_a_row():
     for room in range(8):
         tokens, step, trace = script(endless, capacity=40 + room)
         assert tokens == [START, LVR, LVR, LVR, 7, 8, 9, 9][: room + 1] and len(step.fed) == room
-        assert not trace.latent[0][-1]
+        assert trace.latent[0][-1] == (room in (1, 2, 3))
 
 
 def test_a_latent_span_equals_as_many_single_steps():

@@ -13,7 +13,7 @@ from vreflection.engine.requests import Prompt
 
 
 def filling(row, marks, start=0):
-    return Filling(row, Prompt(torch.zeros(len(marks), dtype=torch.long)), np.asarray(marks), start)
+    return Filling(row, Prompt(torch.zeros(len(marks), dtype=torch.long)), np.asarray(marks)[None], start)
 
 
 @given(
@@ -40,8 +40,8 @@ def test_whatever_is_copied_is_there_and_right(old, new, data):
     """Simulated: after all waves every row holds its own prompt, though rows are refilled and copied from."""
     rows = data.draw(st.permutations(range(6)))[: len(new)]
     content = {row: list(m) for row, m in enumerate(old)}
-    held = {row: np.asarray(m) for row, m in content.items() if row not in rows}
-    replaced = {row: np.asarray(m) for row, m in content.items() if row in rows}
+    held = {row: np.asarray(m)[None] for row, m in content.items() if row not in rows}
+    replaced = {row: np.asarray(m)[None] for row, m in content.items() if row in rows}
     shortest, prefill.SHORTEST_SHARED = prefill.SHORTEST_SHARED, 2
     try:
         waves = plan_sharing([filling(row, m) for row, m in zip(rows, new)], held, replaced)
@@ -54,9 +54,9 @@ def test_whatever_is_copied_is_there_and_right(old, new, data):
                 assert f.donor not in rows or f.donor in filled
                 content[f.row] = content[f.donor][: f.start]
             assert f.start < len(f.prompt)
-            assert content.get(f.row, [])[: f.start] == list(f.marks[: f.start])
+            assert content.get(f.row, [])[: f.start] == list(f.marks[0, : f.start])
         for f in wave:
-            content[f.row] = list(f.marks)
+            content[f.row] = list(f.marks[0])
             filled.add(f.row)
     assert all(content[row] == m for row, m in zip(rows, new))
 
@@ -66,7 +66,7 @@ def test_only_equal_images_look_alike():
     grid = torch.tensor([[1, 4, 4]])
     image = torch.randn(16, 6)
     made = [
-        signature(Prompt(ids, image_grid_thw=grid, pixel_values=pixels, image_keys=keys), 9, 2)
+        signature(Prompt(ids, image_grid_thw=grid, pixel_values=pixels, image_keys=keys), 9, 2)[0]
         for pixels, keys in (
             (image, None), (image.clone(), None), (image + 1e-6, None), (image, ("a",)), (image + 1, ("a",)),
         )

@@ -249,7 +249,13 @@ def test_what_is_noted_of_a_row(tiny, processor):
         ([*text("red"), tiny.LVR_START], z[:0], None, True, False),
     ):
         result = Decoded()
-        note_row(result, processor, torch.tensor(ids), latents, latents + 1)
+        inside = [token == tiny.LVR for token in ids]
+        note_row(result, processor, ids, inside, latents, latents + 1)
+        # Ghosts, as in parity mode, are told by their positions.
+        ghosts = [tiny.EOS if latent else token for token, latent in zip(ids, inside)]
+        other = Decoded()
+        note_row(other, processor, ghosts, inside, latents, latents + 1)
+        assert (other.texts, other.closed) == (result.texts, result.closed)
         assert (result.answers, result.triggered, result.closed) == ([answer], [triggered], [closed])
         if len(latents):
             assert torch.equal(result.latents[0], z[0]) and torch.equal(result.probes[0], z[0] + 1)

@@ -18,13 +18,17 @@ FIRST_MULTIPLIER = 0xBF58476D1CE4E5B9 - 2**64
 SECOND_MULTIPLIER = 0x94D049BB133111EB - 2**64
 
 
+# Below, scores over temperature leave float32; the lowest in released generation configs is 1e-6.
+LOWEST_TEMPERATURE = 1e-7
+
+
 @dataclass(frozen=True)
 class SamplingSettings:
     """How to pick. Greedy unless `do_sample`; `repetition_penalty` applies either way.
 
     Attributes:
-        temperature: > 0. top_k: 0 = off. top_p: in (0, 1], 1 = off. repetition_penalty: > 0, 1 = off, over prompt and
-            generated ids.
+        temperature: at least 1e-7. top_k: 0 = off. top_p: in (0, 1], 1 = off. repetition_penalty: > 0, 1 = off, over
+            prompt and generated ids.
     """
 
     do_sample: bool = False
@@ -34,8 +38,11 @@ class SamplingSettings:
     repetition_penalty: float = 1.0
 
     def __post_init__(self):
-        if not self.temperature > 0:
-            raise ValueError(f"temperature: expected > 0, got {self.temperature}; greedy is do_sample=False")
+        if not self.temperature >= LOWEST_TEMPERATURE:
+            raise ValueError(
+                f"temperature: expected > 0 (at least {LOWEST_TEMPERATURE}), got {self.temperature}; greedy is "
+                "do_sample=False"
+            )
         if self.top_k < 0:
             raise ValueError(f"top_k: expected at least 0 (0 = off), got {self.top_k}")
         if not 0 < self.top_p <= 1:

@@ -119,10 +119,9 @@ def advance(
     if seen is not None:
         index = emitted[:, None]
         seen = seen.scatter(1, index, seen.gather(1, index) | counts[:, None])
-    mode = mode & ~finished
     moved = DecodeState(
         *(getattr(state, name) for name in DecodeState.LIMITS),
-        mode=mode, remaining=remaining, finished=finished, last_token=emitted, z=hidden_BD,
+        mode=mode & ~finished, remaining=remaining, finished=finished, last_token=emitted, z=hidden_BD,
         position=state.position, length=state.length, counted=counted, seen=seen,
     )  # fmt: skip
     return moved, emission(emitted, mode, finished, state.finished)

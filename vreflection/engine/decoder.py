@@ -6,8 +6,9 @@ Shape suffixes: B rows, L prompt tokens, N latents per span, D width.
 from __future__ import annotations
 
 import logging
+import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from itertools import islice
 
@@ -31,10 +32,11 @@ from .cache import KVCache
 from .choice import choose_step
 from .memory import check_fit
 from .prefill import Prefill
-from .requests import Emitted, Generation, Prompt, Request, check_images
+from .requests import Emitted, Generation, Prompt, Request, check_images, check_tokens
 from .rows import Look, Row
 from .settings import given_latents, resolve_latent_steps, resolve_settings
 from .steps import eval_mode
+from .weights import WeightWatch
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +85,13 @@ class LatentDecoder:
             raise ConfigError(f"max_batch_size: expected at least 1, got {max_batch_size}")
         if max_length is not None and max_length < 2:
             raise ConfigError(f"max_length: expected at least 2, got {max_length}")
+        if image_cache < 0:
+            raise ConfigError(f"image_cache: expected at least 0, got {image_cache}")
+        if not hasattr(model, "prompt_inputs"):
+            raise ConfigError(
+                f"model: expected a VReflectionForConditionalGeneration, got {type(model).__name__}; "
+                'its from_base(model, stage="base") makes one that shares the parameters'
+            )
         self.model, self.processor = model, processor
         self.max_batch_size, self.max_length = max_batch_size, max_length
         config = model.config
@@ -106,16 +115,20 @@ class LatentDecoder:
             self.cache = KVCache(rows=max_batch_size, columns=columns, device=self.device, **self.cache_shape)
             ring = LOOP_RING if self.tier.name == "loop" else RING
             self.buffers = DecodeBuffers.allocate(max_batch_size, self.width, self.dtype, self.device, ring)
-        self.step = choose_step(step, model, self.cache)
+        self.step_name, self.step = step, choose_step(step, model, self.cache)
+        self.weights = WeightWatch(model)
         self.prefill = Prefill(model, self.step, self.cache, image_cache, share_prefixes)
         self.programs: dict[ProgramKey, DecodeProgram] = {}
-        self.waiting: deque[tuple[int, Request]] = deque()
+        # What other threads may touch: the queue and the tickets.
+        self.lock = threading.Lock()
+        self.waiting: dict[int, Request] = {}
+        self.serving = False
         self.rows: dict[int, Row] = {}
         self.by_ticket: dict[int, Row] = {}
         self.cancelled: deque[int] = deque()
         self.looks: deque[Look] = deque()
+        self.events: list[Emitted] = []  # not handed out yet: an exception must not lose them
         self.next_ticket = 0
-        self.started: list[int] = []
 
     # Requests
 
@@ -152,6 +165,8 @@ class LatentDecoder:
         resolved = resolve_settings(generation_config or self.model.generation_config, settings)
         steps = resolve_latent_steps(self.model.config, latent_steps, allow_other_latent_steps, stacklevel=3)
         given = given_latents(self.model, steps, None if latents is None else latents[None], 1)
+        if seed is not None and not isinstance(seed, int):
+            raise ConfigError(f"seed: expected an integer, got {seed!r}")
         made = Request(
             prompt=self.prompt(prompt),
             sampling=resolved.sampling,
@@ -174,6 +189,7 @@ class LatentDecoder:
             images = None if images is None else [images]
             given = self.processor(images, question, return_position_ids=True)
         made = Prompt.of(given)
+        check_tokens(made, self.model.get_input_embeddings().weight.shape[0])
         if made.embeds is None:
             check_images(made, self.model.config.image_token_id, self.merge)
         return made
@@ -191,19 +207,33 @@ class LatentDecoder:
             )
 
     def submit(self, request: Request) -> int:
-        """Queue a request; returns its ticket. Safe to call from another thread than `advance`."""
-        ticket, self.next_ticket = self.next_ticket, self.next_ticket + 1
-        self.waiting.append((ticket, request))
+        """Queue a request; returns its ticket. Safe to call from another thread than `advance`.
+
+        Raises:
+            RuntimeError: `generate` or `stream` is running on this decoder.
+        """
+        if self.serving:
+            raise RuntimeError("this decoder is busy with generate or stream; submit to another decoder")
+        return self.enqueue(request)
+
+    def enqueue(self, request: Request) -> int:
+        with self.lock:
+            ticket, self.next_ticket = self.next_ticket, self.next_ticket + 1
+            self.waiting[ticket] = request
         return ticket
 
     def cancel(self, ticket: int) -> None:
         """Give up a queued or running request at the next `advance`; unknown and finished tickets are ignored."""
         self.cancelled.append(ticket)
 
+    def forget(self) -> None:
+        """Drop shared beginnings and encoded images, as after writing to parameters through `.data`."""
+        self.prefill.forget()
+
     @property
     def busy(self) -> bool:
-        """Whether any request is queued or running."""
-        return bool(self.waiting or self.rows or self.looks)
+        """Whether any request is queued or running, or an answer not handed out."""
+        return bool(self.waiting or self.rows or self.looks or self.events)
 
     # Whole calls
 
@@ -244,96 +274,144 @@ class LatentDecoder:
 
     def requests(self, prompts: Iterable, seed: int | None, settings: dict) -> Iterable[Request]:
         """Requests from prompts: of a list at once, so that nothing starts before all are checked; else on demand."""
+        if isinstance(prompts, (str, tuple, Mapping, Prompt, Request)):
+            raise ValueError(f"prompts: expected a list of prompts, got one {type(prompts).__name__}; pass [prompt]")
+        pixels: dict[tuple[str, ...], torch.Tensor] = {}
 
         def made() -> Iterator[Request]:
             for index, prompt in enumerate(prompts):
                 if isinstance(prompt, Request):
                     self.check_length(prompt)
                     yield prompt
-                else:
-                    yield self.request(prompt, seed=None if seed is None else seed + index, **settings)
+                    continue
+                request = self.request(prompt, seed=None if seed is None else seed + index, **settings)
+                if request.prompt.pixel_values is not None and isinstance(prompts, list):
+                    # Many questions on one image hold its pixels once.
+                    keys = request.prompt.image_ids(self.merge)
+                    request.prompt.pixel_values = pixels.setdefault(keys, request.prompt.pixel_values)
+                yield request
 
-        return list(made()) if isinstance(prompts, (list, tuple)) else made()
+        return list(made()) if isinstance(prompts, list) else made()
 
     def serve(self, requests: Iterable[Request], look_every: int) -> Iterator[Emitted]:
         """Decode requests, never holding more of them than have a row, and yield what is emitted."""
-        if self.busy:
+        if self.busy or self.serving:
             raise RuntimeError("this decoder is busy with another call; finish or close it, or use another decoder")
         coming, index = iter(requests), {}
+        self.serving = True
         try:
             while True:
                 for request in islice(coming, self.max_batch_size - len(self.rows) - len(self.waiting)):
-                    index[self.submit(request)] = len(index)
+                    index[self.enqueue(request)] = len(index)
                 if not self.busy:
                     return
                 for event in self.advance(look_every):
-                    number = index[event.index]
-                    if event.generation is not None:
-                        event.generation.index = number
-                    yield Emitted(number, event.token, event.latent, event.generation)
+                    number, answer = index[event.index], event.generation
+                    if answer is not None:
+                        answer.index = number
+                        if answer.error is not None:
+                            raise answer.error
+                    yield Emitted(number, event.token, event.latent, answer)
         finally:
-            if self.busy:
-                for ticket in index:
-                    self.cancel(ticket)
-                while self.busy:
-                    self.advance(look_every)
+            for ticket in [*self.waiting, *self.by_ticket]:
+                self.cancel(ticket)
+            while self.busy:
+                self.advance(look_every)
+            self.serving = False
 
     # The engine's own cycle
 
     def advance(self, look_every: int = 1) -> list[Emitted]:
-        """Admit what fits, take up to `look_every` steps, and return what was emitted. Indices are tickets."""
-        quiet = eval_mode(self.model) if self.model.training else nullcontext()
-        with torch.inference_mode(), quiet:
-            events = self.drop_cancelled()
-            events += self.admit()
-            launched = self.launch(look_every) if any(not row.done for row in self.rows.values()) else False
+        """Admit what fits, take up to `look_every` steps, and return what was emitted. Indices are tickets.
+
+        A request that cannot be admitted, and all running ones if a step fails, end with `finish_reason` "error"; the
+        decoder goes on with the others.
+        """
+        on_device = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+        with torch.inference_mode(), torch.autocast(self.device.type, enabled=False), on_device:
+            self.drop_cancelled()
+            self.admit()
+            launched = bool(self.rows) and self.launch(look_every)
             # On a GPU the next steps are queued before the last ones are read: it never waits for the host.
-            ahead = 1 if launched and self.device.type == "cuda" else 0
+            ahead = 1 if launched and self.device.type == "cuda" and self.tier.name != "loop" else 0
             while len(self.looks) > ahead:
-                events += self.read(self.looks.popleft())
+                self.read(self.looks[0])
+                self.looks.popleft()
+        events, self.events = self.events, []
         return events
 
-    def drop_cancelled(self) -> list[Emitted]:
-        events = []
+    def drop_cancelled(self) -> None:
         while self.cancelled:
             ticket = self.cancelled.popleft()
             row = self.by_ticket.get(ticket)
+            with self.lock:
+                request = self.waiting.pop(ticket, None)
             if row is not None:
                 self.buffers.state.finished[row.slot] = True
-                events.append(self.finish(row, NOTHING, False, "cancelled"))
-                continue
-            for entry in self.waiting:
-                if entry[0] == ticket:
-                    self.waiting.remove(entry)
-                    answer = Generation(ticket, len(entry[1].prompt), finish_reason="cancelled")
-                    events.append(Emitted(ticket, NOTHING, False, answer))
-                    break
-        return events
+                self.finish(row, NOTHING, False, "cancelled")
+            elif request is not None:
+                self.give_up(ticket, request, "cancelled")
 
-    def admit(self) -> list[Emitted]:
-        free = [slot for slot in range(self.max_batch_size) if slot not in self.rows]
-        taken = [self.waiting.popleft() for _ in range(min(len(free), len(self.waiting)))]
+    def give_up(self, ticket: int, request: Request, reason: str, error: BaseException | None = None) -> None:
+        """Answer a request that never had a row."""
+        answer = Generation(ticket, len(request.prompt), finish_reason=reason, error=error)
+        self.events.append(Emitted(ticket, NOTHING, False, answer))
+
+    def admit(self) -> None:
+        with self.lock:
+            free = self.max_batch_size - len(self.rows)
+            taken = [(ticket, self.waiting.pop(ticket)) for ticket in list(islice(self.waiting, free))]
         if not taken:
-            return []
+            return
+        if not self.rows:
+            self.settle()
         try:
-            return self.fill(taken, self.places(taken, free))
+            self.fill(taken)
+        except Exception as error:
+            # Whose fault was it? One by one, only the culprit fails.
+            for ticket, request in taken:
+                if ticket in self.by_ticket or len(taken) == 1:
+                    continue
+                try:
+                    self.fill([(ticket, request)])
+                except Exception as own:
+                    self.give_up(ticket, request, "error", own)
+            if len(taken) == 1:
+                self.give_up(*taken[0], "error", error)
         except BaseException:
-            # Nothing was admitted: the requests go back to the head of the queue for the caller to cancel.
-            self.waiting.extendleft(reversed(taken))
+            with self.lock:
+                back = {ticket: request for ticket, request in taken if ticket not in self.by_ticket}
+                self.waiting = back | self.waiting
             raise
 
-    def places(self, taken, free: list[int]) -> list[int]:
-        """A free row per request; rows that hold a prompt worth sharing are used last."""
-        return sorted(sorted(free, key=lambda slot: slot in self.prefill.held)[: len(taken)])
+    def settle(self) -> None:
+        """Before the first request after a rest: changed parameters are noticed."""
+        moved, different = self.weights.changed()
+        if different:
+            self.forget()
+        if moved:
+            self.step = self.prefill.step = choose_step(self.step_name, self.model, self.cache)
+            self.forget_programs()
 
-    def fill(self, taken: list[tuple[int, Request]], slots: list[int]) -> list[Emitted]:
-        self.make_room(max(len(request.prompt) for _, request in taken) + 1)
-        requests = [request for _, request in taken]
-        hidden = self.prefill.fill(slots, [request.prompt for request in requests], idle=not self.rows)
-        last = torch.stack([hidden[slot][0] for slot in slots])
-        positions = [hidden[slot][1] for slot in slots]
-        emissions = self.first_picks(slots, requests, last, positions)
-        events = []
+    def places(self, count: int) -> list[int]:
+        """Free rows: low ones, so that steps stay narrow, and among those first the ones that hold no prompt."""
+        bucket = next_power_of_2(max(len(self.rows) + count, *(slot + 1 for slot in self.rows), 1))
+        free = [slot for slot in range(self.max_batch_size) if slot not in self.rows]
+        return sorted(sorted(free, key=lambda slot: (slot >= bucket, slot in self.prefill.held, slot))[:count])
+
+    def fill(self, taken: list[tuple[int, Request]]) -> None:
+        slots, requests = self.places(len(taken)), [request for _, request in taken]
+        try:
+            self.make_room(max(len(request.prompt) for request in requests) + 1)
+            with eval_mode(self.model):
+                hidden = self.prefill.fill(slots, [request.prompt for request in requests])
+            last = torch.stack([hidden[slot][0] for slot in slots])
+            emissions = self.first_picks(slots, requests, last, [hidden[slot][1] for slot in slots])
+        except BaseException:
+            # The rows stay idle, and steps of their neighbours may write anywhere in them.
+            for slot in slots:
+                self.prefill.held.pop(slot, None)
+            raise
         for (ticket, request), slot, number, z in zip(taken, slots, emissions, last):
             row = Row(ticket, slot, request, Generation(ticket, len(request.prompt)))
             if int(request.prompt.input_ids[-1]) == self.rules.lvr_start_id and request.latent_steps:
@@ -341,8 +419,7 @@ class LatentDecoder:
             self.rows[slot] = self.by_ticket[ticket] = row
             if request.return_latents:
                 row.hidden.append(z)
-            events.append(self.note(row, number))
-        return events
+            self.note(row, number)
 
     def first_picks(self, slots, requests: list[Request], last_BD, positions: list[int]) -> list[int]:
         """Set the rows' state, pick each one's first token; returns emissions."""
@@ -425,34 +502,54 @@ class LatentDecoder:
     # Steps
 
     def launch(self, look_every: int) -> bool:
-        """Send steps to the device."""
-        rows = [row for row in self.rows.values() if not row.done]
-        free = min(row.free_steps() for row in rows) if self.rules.clean and not self.looks else 0
-        ring = self.buffers.emitted.shape[0]
-        if self.tier.name == "loop":
-            calls, span = ring, 0
-        else:
-            calls, span = min(look_every, ring), self.span_steps(free, rows)
-        # Nobody is looked after further than the longest row can still go.
-        left = max(row.request.max_new_tokens - sum(not flag for flag in row.answer.latent) for row in rows)
-        spans = any(row.request.latent_steps for row in rows)
-        calls = max(1, calls if spans else min(calls, left))
-        steps = span or calls
-        columns = max(row.columns for row in rows) + steps
-        if self.max_length is None:
-            self.make_room(columns)
-        program = self.program(rows, min(columns, self.cache.columns), span)
-        self.buffers.rewind()
-        self.tier.run(program, 1 if span else calls)
+        """Send steps to the device; whether it went well."""
+        rows = list(self.rows.values())
+        try:
+            free = min(row.free_steps() for row in rows) if self.rules.clean and not self.looks else 0
+            calls, span = self.look_steps(look_every, rows), self.span_steps(free, rows)
+            steps = span or calls
+            columns = max(row.columns for row in rows) + steps
+            if self.max_length is None:
+                self.make_room(columns)
+            program = self.program(rows, min(columns, self.cache.columns), span)
+            self.buffers.rewind()
+            with eval_mode(self.model) if self.step.name == "model" else nullcontext():
+                self.tier.run(program, 1 if span else calls)
+            for row in rows:
+                row.launched += steps
+                self.prefill.written(row.slot, row.columns)
+            self.looks.append(self.look(rows, program, steps))
+            return True
+        except BaseException as error:
+            self.fail(rows, error)
+            if isinstance(error, Exception):
+                return False
+            raise
+
+    def fail(self, rows: list[Row], error: BaseException) -> None:
+        """A step failed somewhere: nobody knows how far the rows are, so they end here."""
+        self.looks.clear()
+        self.buffers.state.finished.fill_(True)
         for row in rows:
-            row.launched += steps
-            self.prefill.written(row.slot, row.columns)
-        self.looks.append(self.look(rows, program, steps))
-        return True
+            self.finish(row, NOTHING, False, "error", error)
+        self.prefill.forget()
+        self.forget_programs()
+
+    def look_steps(self, look_every: int, rows: list[Row]) -> int:
+        """Steps until the host looks again: no more than the longest row can still take."""
+        ring = self.buffers.emitted.shape[0]
+        left = max(row.request.max_new_tokens - row.counted for row in rows)
+        if self.tier.name == "loop":
+            # Room for a span; whoever opens more is launched again.
+            return max(1, min(ring, left + max(row.request.latent_steps for row in rows)))
+        spans = any(row.request.latent_steps for row in rows)
+        return max(1, min(look_every, ring) if spans else min(look_every, ring, left))
 
     def span_steps(self, free: int, rows: list[Row]) -> int:
         """Steps to take as one latent span, 0 for none. Recorded spans come in whole lengths only."""
         free = min(free, self.buffers.emitted.shape[0])
+        if self.tier.name == "loop":
+            return 0
         if self.tier.name == "eager":
             return free
         return free if free and all(row.in_span == 0 for row in rows) else 0
@@ -498,10 +595,10 @@ class LatentDecoder:
         ready.record()
         return Look(host, hidden, rows, steps, ready)
 
-    def read(self, look: Look) -> list[Emitted]:
+    def read(self, look: Look) -> None:
         if look.ready is not None:
             look.ready.synchronize()
-        events, lines = [], look.emitted.tolist()
+        lines = look.emitted.tolist()
         for row in look.rows:
             # A loop on the device may stop early.
             row.launched += sum(line[row.slot] != NOTHING for line in lines) - look.steps
@@ -511,75 +608,34 @@ class LatentDecoder:
                     continue
                 if row.request.return_latents and look.hidden is not None:
                     row.hidden.append(look.hidden[number, row.slot])
-                events.append(self.note(row, line[row.slot]))
-        return events
+                self.note(row, line[row.slot])
 
-    def note(self, row: Row, number: int) -> Emitted:
+    def note(self, row: Row, number: int) -> None:
         """Take one emission into a row's answer."""
         token, latent, last = read_emission(number)
-        row.take(token, latent, self.rules.lvr_start_id)
+        row.take(token, latent, self.rules.lvr_start_id, self.rules.clean)
         if last:
-            return self.finish(row, token, latent, row.why_it_ended(self.rules.clean))
-        return Emitted(row.ticket, token, latent)
+            self.finish(row, token, latent, row.why_it_ended())
+        else:
+            self.events.append(Emitted(row.ticket, token, latent))
 
-    def finish(self, row: Row, token: int, latent: bool, reason: str) -> Emitted:
+    def finish(self, row: Row, token: int, latent: bool, reason: str, error: BaseException | None = None) -> None:
+        """Free a row and hand its answer out."""
         row.done = True
         answer = row.answer
-        answer.finish_reason = reason
+        answer.finish_reason, answer.error = reason, error
         del self.rows[row.slot], self.by_ticket[row.ticket]
         # A finished row still writes, just past its end.
         self.prefill.written(row.slot, row.columns + 1)
-        if self.processor is not None:
-            shown = [t for t, hidden in zip(answer.tokens, answer.latent) if not hidden]
-            answer.text = self.processor.decode(shown)
-        if row.request.return_latents:
-            row.collect()
-        return Emitted(row.ticket, token, latent, answer)
-
-    # For benchmarks
-
-    def warm_start(self, lengths: Sequence[int]) -> None:
-        """Rows of random cache content that never end, without any prefill: for timing steps.
-
-        Args:
-            lengths: keys per row, at most `max_batch_size` of them.
-        """
-        state, count = self.buffers.state, len(lengths)
-        with torch.inference_mode():
-            self.make_room(max(lengths) + 1)
-            for tensor in (*self.cache.keys, *self.cache.values):
-                tensor.normal_()
-            idle = DecodeState.idle(self.max_batch_size, self.width, self.dtype, self.device)
-            for target, value in zip(state.tensors(), idle.tensors()):
-                target.copy_(value)
-            far = torch.iinfo(torch.int64).max
-            state.max_new_tokens.fill_(far)
-            state.capacity.fill_(far)
-            state.end_ids.fill_(-1)
-            state.latent_steps.fill_(0)
-            state.length[:count] = torch.tensor(lengths, device=self.device)
-            state.position.copy_(state.length)
-            state.finished[:count] = False
-            state.z.normal_()
-        self.started = list(lengths)
-
-    def run_steps(self, count: int, latent: bool = False) -> None:
-        """Take steps on the rows of `warm_start`, reading nothing back.
-
-        Args:
-            count: steps. latent: as one latent span, which picks no token; else as single text steps.
-        """
-        with torch.inference_mode():
-            self.buffers.state.mode.fill_(latent)
-            self.buffers.state.remaining.fill_(count + 1 if latent else 0)
-            rows = self.bucket(len(self.started))
-            extent = self.extent(max(self.started) + count)
-            key = ProgramKey(rows, extent, steps=count if latent else 1, text=not latent)
-            if key not in self.programs:
-                self.programs[key] = DecodeProgram(self.step, self.buffers, self.rules, key)
-            self.buffers.rewind()
-            self.tier.run(self.programs[key], 1 if latent else count)
-            self.started = [length + count for length in self.started]
+        try:
+            if self.processor is not None:
+                shown = [t for t, hidden in zip(answer.tokens, answer.latent) if not hidden]
+                answer.text = self.processor.decode(shown)
+            if row.request.return_latents:
+                row.collect()
+        except Exception as own:
+            answer.error = answer.error or own
+        self.events.append(Emitted(row.ticket, token, latent, answer))
 
 
 def seen_ids(input_ids: torch.Tensor, vocabulary: int) -> torch.Tensor:

@@ -71,22 +71,22 @@ class FeatureCache:
 
 
 def signature(prompt: Prompt, image_token_id: int, merge: int) -> np.ndarray | None:
-    """`(L,)` numbers that are equal where two prompts' inputs are; None when the prompt came as embeddings."""
+    """Columns `(k, L)` that are equal where two prompts' inputs are; None when the prompt came as embeddings."""
     if prompt.embeds is not None:
         return None
-    ids = prompt.input_ids.cpu().numpy().astype(np.int64)
-    if prompt.image_grid_thw is None:
-        return ids
-    marks = ids.copy()
-    places = np.flatnonzero(ids == image_token_id)
-    start = 0
-    for key, (_, grid) in zip(prompt.image_ids(merge), prompt.image_parts(merge), strict=True):
-        count = int(grid.prod()) // merge**2
-        # Negative numbers are no ids; a key's 60 bits and the place in the image tell any two visual tokens apart.
-        base = int(key_number(key))
-        marks[places[start : start + count]] = -(base ^ np.arange(count, dtype=np.int64)) - 1
-        start += count
-    return marks
+    marks = prompt.input_ids.cpu().numpy().astype(np.int64)
+    if prompt.image_grid_thw is not None:
+        places, start = np.flatnonzero(marks == image_token_id), 0
+        for key, (_, grid) in zip(prompt.image_ids(merge), prompt.image_parts(merge), strict=True):
+            count = int(grid.prod()) // merge**2
+            # Negative numbers are no ids; a key's 60 bits and the place in the image tell any two visual tokens apart.
+            marks[places[start : start + count]] = -(key_number(key) ^ np.arange(count, dtype=np.int64)) - 1
+            start += count
+    # Whatever else decides where a token stands.
+    given = prompt.position_ids if prompt.position_ids is not None else prompt.mm_token_type_ids
+    if given is None:
+        return marks[None]
+    return np.concatenate([marks[None], given.cpu().numpy().astype(np.int64).reshape(-1, len(marks))])
 
 
 def key_number(key: str) -> int:
@@ -94,9 +94,9 @@ def key_number(key: str) -> int:
 
 
 def common_length(left: np.ndarray, right: np.ndarray) -> int:
-    """How many leading entries agree."""
-    count = min(len(left), len(right))
-    different = np.flatnonzero(left[:count] != right[:count])
+    """How many leading columns agree, of marks of one kind."""
+    count = min(left.shape[1], right.shape[1])
+    different = np.flatnonzero((left[:, :count] != right[:, :count]).any(axis=0))
     return int(different[0]) if len(different) else count
 
 
@@ -133,7 +133,7 @@ def plan_sharing(
         own = replaced.get(filling.row)
         candidates = leading if own is None else [*leading, (filling.row, own)]
         # One token at least is left to compute: its hidden state picks the first new one.
-        most = len(filling.marks) - 1
+        most = filling.marks.shape[1] - 1
         shared = [min(common_length(marks, filling.marks), most) for _, marks in candidates]
         if shared and max(shared) >= SHORTEST_SHARED:
             filling.start = max(shared)
@@ -147,7 +147,7 @@ def plan_sharing(
 
 
 def beginning(marks: np.ndarray) -> bytes:
-    return marks[:SHORTEST_SHARED].tobytes()
+    return bytes([len(marks)]) + marks[:, :SHORTEST_SHARED].tobytes()
 
 
 def forward_groups(wave: Sequence[Filling], limit: int | None = None) -> list[list[Filling]]:
@@ -192,19 +192,13 @@ class Prefill:
         self.share_prefixes = share_prefixes
         self.held: dict[int, np.ndarray] = {}
         self.dirty = [0] * cache.rows  # columns of a row ever written
-        self.weights: list[tuple[int, int]] = []
 
-    def fill(self, rows: list[int], prompts: list[Prompt], idle: bool) -> dict[int, tuple[torch.Tensor, int]]:
+    def fill(self, rows: list[int], prompts: list[Prompt]) -> dict[int, tuple[torch.Tensor, int]]:
         """Consume prompts into rows that nobody uses.
-
-        Args:
-            idle: no row is in use, so the parameters may have changed since the last call.
 
         Returns:
             per row its last hidden state `(D,)` and the rope position of its next input.
         """
-        if idle:
-            self.forget_old_weights()
         replaced = {row: self.held.pop(row) for row in rows if row in self.held}
         fillings = [Filling(row, prompt, self.marks(prompt)) for row, prompt in zip(rows, prompts, strict=True)]
         found = {}
@@ -223,13 +217,10 @@ class Prefill:
             return None
         return signature(prompt, config.image_token_id, config.vision_config.spatial_merge_size)
 
-    def forget_old_weights(self) -> None:
-        """What was computed before the parameters changed (training in between) is not reused."""
-        stamp = [(p.data_ptr(), p._version) for p in self.model.parameters()]
-        if stamp != self.weights:
-            self.weights = stamp
-            self.held.clear()
-            self.features.features.clear()
+    def forget(self) -> None:
+        """Drop what earlier prompts left: beginnings and images."""
+        self.held.clear()
+        self.features.features.clear()
 
     def consume(self, group: list[Filling]) -> dict[int, tuple[torch.Tensor, int]]:
         """Run the prompts of one group through the model, from their common start on."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -45,7 +45,7 @@ class Prompt:
             ValueError: more than one prompt, an empty one, or none of the known kinds.
         """
         if isinstance(given, Prompt):
-            return given
+            return replace(given)  # what is derived below stays off the caller's object
         get = given.get if isinstance(given, Mapping) else lambda name: getattr(given, name, None)
         values: dict[str, Any] = {name: get(name) for name in cls.FIELDS}
         if values["input_ids"] is None:
@@ -53,11 +53,11 @@ class Prompt:
                 f"prompt: expected a processor's output with input_ids, an encoded sample, or (question, images) with "
                 f"a decoder that has a processor; got {type(given).__name__}"
             )
-        if values["position_ids"] is not None:
-            values["position_ids"] = values["position_ids"].reshape(3, -1)
         for name in ("input_ids", "mm_token_type_ids"):
             if values[name] is not None:
                 values[name] = one_row(name, values[name])
+        if values["position_ids"] is not None:
+            values["position_ids"] = three_axes(values["position_ids"], len(values["input_ids"]))
         mask = get("attention_mask")
         if mask is not None and not bool(mask.all()):
             keep = mask.reshape(-1).bool()
@@ -93,6 +93,30 @@ class Prompt:
             name = "pixel_values" if self.pixel_values is not None else "image_features"
             raise ValueError(f"{name}: expected {sum(sizes)} rows for image_grid_thw, got {len(source)}")
         return list(zip(source.split(sizes), self.image_grid_thw))
+
+
+def three_axes(position_ids: torch.Tensor, length: int) -> torch.Tensor:
+    """Rope positions of one prompt as `(3, L)`."""
+    if position_ids.dim() == 3 and position_ids.shape[1] == 1:
+        position_ids = position_ids[:, 0]
+    if position_ids.shape != (3, length):
+        raise ValueError(f"position_ids: expected (3, {length}) or (3, 1, {length}), got {tuple(position_ids.shape)}")
+    return position_ids
+
+
+def check_tokens(prompt: Prompt, vocabulary: int) -> None:
+    """Ids and what comes with them fit, or ValueError."""
+    ids, types = prompt.input_ids, prompt.mm_token_type_ids
+    if not bool(((ids >= 0) & (ids < vocabulary)).all()):
+        raise ValueError(
+            f"input_ids: expected ids in [0, {vocabulary}), got {int(ids.min())} to {int(ids.max())}; is the tokenizer "
+            "the model's own?"
+        )
+    if types is not None and len(types) != len(ids):
+        raise ValueError(f"mm_token_type_ids: expected {len(ids)} like input_ids, got {len(types)}")
+    images = 0 if prompt.image_grid_thw is None else len(prompt.image_grid_thw)
+    if prompt.image_keys is not None and len(prompt.image_keys) != images:
+        raise ValueError(f"image_keys: expected one per image ({images}), got {len(prompt.image_keys)}")
 
 
 def check_images(prompt: Prompt, image_token_id: int, merge: int) -> None:
@@ -150,7 +174,8 @@ class Generation:
         index: of the prompt in the call, or the ticket of `submit`.
         tokens: emitted ids; latent positions hold `<|lvr|>` in clean mode, ghosts in parity mode.
         latent: per token, whether its position is a latent one.
-        finish_reason: `eos`, `max_new_tokens`, `max_length` (no room left in the cache) or `cancelled`.
+        finish_reason: `eos`, `max_new_tokens`, `max_length` (no room left in the cache), `cancelled` or `error`.
+        error: what went wrong, with `error`, or in making `text`; `generate` and `stream` raise it.
         text: decoded answer without special tokens, when the decoder has a processor.
         latents, probes: with `return_latents`, `(spans, N, D)`: states consumed by the slots, and hidden states at the
             slots. step_hidden: `(tokens, D)` hidden states whose logits gave each token.
@@ -161,6 +186,7 @@ class Generation:
     tokens: list[int] = field(default_factory=list)
     latent: list[bool] = field(default_factory=list)
     finish_reason: str | None = None
+    error: BaseException | None = None
     text: str | None = None
     latents: torch.Tensor | None = None
     probes: torch.Tensor | None = None
@@ -173,7 +199,10 @@ class Generation:
 
 @dataclass(frozen=True)
 class Emitted:
-    """One position of a stream: `token` at a text position, `latent` at a latent one; `generation` with the last."""
+    """One position of a stream: its `token`, and whether it is a `latent` one; `generation` with the last.
+
+    An answer that is cut short (cancelled, or failed) comes with `token` -1.
+    """
 
     index: int
     token: int

@@ -23,6 +23,7 @@ class Row:
     answer: Generation
     launched: int = 0  # steps sent to the device, an upper bound of those taken
     in_span: int | None = None  # latents emitted in the open span; 0 right after its start token
+    counted: int = 0  # tokens that count against max_new_tokens
     hidden: list[torch.Tensor] = field(default_factory=list)
     done: bool = False
 
@@ -34,8 +35,9 @@ class Row:
         """Coming steps whose output needs no token."""
         return 0 if self.in_span is None else self.request.latent_steps - self.in_span
 
-    def take(self, token: int, latent: bool, start_id: int) -> None:
+    def take(self, token: int, latent: bool, start_id: int, clean: bool) -> None:
         """One more emitted position."""
+        self.counted += not (clean and latent)
         self.answer.tokens.append(token)
         self.answer.latent.append(latent)
         if latent:
@@ -43,12 +45,10 @@ class Row:
         else:
             self.in_span = 0 if token == start_id and self.request.latent_steps else None
 
-    def why_it_ended(self, clean: bool) -> str:
-        answer, request = self.answer, self.request
-        counted = len(answer.latent) - (sum(answer.latent) if clean else 0)
-        if answer.tokens[-1] in request.eos_token_ids and not answer.latent[-1]:
+    def why_it_ended(self) -> str:
+        if self.answer.tokens[-1] in self.request.eos_token_ids and not self.answer.latent[-1]:
             return "eos"
-        return "max_new_tokens" if counted >= request.max_new_tokens else "max_length"
+        return "max_new_tokens" if self.counted >= self.request.max_new_tokens else "max_length"
 
     def collect(self) -> None:
         """Put the recorded hidden states into the answer: all, those fed back, and those that came out at slots."""

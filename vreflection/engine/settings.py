@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -14,6 +15,21 @@ IGNORED_HOST_ARGUMENTS = {"use_cache", "synced_gpus", "tokenizer", "num_return_s
 SUPPORTED = {
     "max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty",
     "eos_token_id", "pad_token_id",
+}  # fmt: skip
+
+
+# Fields of a generation config that would change the answer, and the values with which they do not.
+NEUTRAL = {
+    "num_beams": (None, 1), "num_return_sequences": (None, 1), "min_new_tokens": (None, 0), "min_length": (None, 0),
+    "no_repeat_ngram_size": (None, 0), "encoder_no_repeat_ngram_size": (None, 0), "bad_words_ids": (None, []),
+    "suppress_tokens": (None, []), "begin_suppress_tokens": (None, []), "sequence_bias": (None, {}),
+    "forced_bos_token_id": (None,), "forced_eos_token_id": (None,), "stop_strings": (None, []),
+    "guidance_scale": (None, 1, 1.0), "penalty_alpha": (None, 0, 0.0), "exponential_decay_length_penalty": (None,),
+    "watermarking_config": (None,), "constraints": (None, []), "force_words_ids": (None, []),
+}  # fmt: skip
+NEUTRAL_SAMPLING = {
+    "min_p": (None, 0, 0.0), "typical_p": (None, 1, 1.0), "epsilon_cutoff": (None, 0, 0.0),
+    "eta_cutoff": (None, 0, 0.0), "top_h": (None, 0, 0.0),
 }  # fmt: skip
 
 
@@ -45,13 +61,20 @@ def resolve_settings(config, settings: dict) -> ResolvedSettings:
         return default
 
     max_new_tokens = int(value("max_new_tokens", 512))
-    if max_new_tokens < 1:
-        raise ConfigError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
-    eos = value("eos_token_id", [])
+    if not 1 <= max_new_tokens < 2**31:
+        raise ConfigError(f"max_new_tokens: expected at least 1 (and below 2^31), got {max_new_tokens}")
+    eos: Any = value("eos_token_id", [])
+    eos = eos.tolist() if isinstance(eos, torch.Tensor) else eos
     eos = tuple(int(e) for e in eos) if isinstance(eos, (list, tuple)) else (int(eos),)
     if len(eos) > MAX_END_IDS:
         raise ConfigError(f"eos_token_id: expected at most {MAX_END_IDS} ids, got {len(eos)}")
     do_sample = bool(value("do_sample", False))
+    for name, neutral in (NEUTRAL | NEUTRAL_SAMPLING if do_sample else NEUTRAL).items():
+        asked = getattr(config, name, None)
+        if asked not in neutral:
+            raise ConfigError(
+                f"generation config: {name}={asked!r} is not supported by latent decoding; set it to {neutral[-1]!r}"
+            )
     sampling = SamplingSettings(
         do_sample=do_sample,
         # The host's default top_k = 50 and the like matter only when sampling.

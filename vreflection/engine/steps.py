@@ -21,7 +21,8 @@ from .cache import HostCache, KVCache, flat_index
 def eval_mode(module: torch.nn.Module) -> Iterator[None]:
     """Every submodule in eval mode, and back: gradient checkpointing in training mode would drop the cache."""
     training = [part for part in module.modules() if part.training]
-    module.eval()
+    for part in training:
+        part.training = False
     try:
         yield
     finally:
@@ -189,6 +190,11 @@ def layer_weights(layer: nn.Module) -> LayerWeights:
     )  # fmt: skip
 
 
+def hooked(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class says."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+
+
 PROJECTIONS = {"self_attn": ("q_proj", "k_proj", "v_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
 FIXED_ROPE = {"default", "linear", "llama3", "yarn", "mrope"}
 
@@ -223,6 +229,9 @@ def why_not_qwen(model: nn.Module) -> str | None:
             return f"our step knows no query or key norm, layer {number} has one"
         if layer.input_layernorm.variance_epsilon != layer.post_attention_layernorm.variance_epsilon:
             return f"our step needs one norm epsilon per layer, layer {number} has two"
+    for name, part in (*decoder.named_modules(), ("lm_head", model.get_output_embeddings())):
+        if hooked(part):
+            return f"our step would pass over the hooks of {name or 'the decoder'}"
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear or head.bias is not None:
         return f"our step needs lm_head to be nn.Linear without bias, got {head}"

@@ -110,22 +110,23 @@ def decode_answers(
     result = Decoded()
     for answer in decoder.generate(requests(), on_answer=heard):
         assert answer.latents is not None and answer.probes is not None
-        note_row(result, processor, torch.tensor(answer.tokens), answer.latents.cpu(), answer.probes.cpu())
+        note_row(result, processor, answer.tokens, answer.latent, answer.latents.cpu(), answer.probes.cpu())
     return result
 
 
-def note_row(result: Decoded, processor, ids: torch.Tensor, latents: torch.Tensor, probes: torch.Tensor) -> None:
-    special, row = processor.token_ids, ids.tolist()
-    text = processor.decode(ids)
+def note_row(result: Decoded, processor, ids: list[int], latent: list[bool], latents, probes) -> None:
+    """One answer: its ids, which of their positions are latent ones, and the spans' states."""
+    special = processor.token_ids
+    text = processor.decode([token for token, inside in zip(ids, latent, strict=True) if not inside])
     result.texts.append(text)
     result.answers.append(extract_answer(text))
     has_span = len(latents) > 0
     result.latents.append(latents[0] if has_span else None)
     result.probes.append(probes[0] if has_span else None)
-    opened = special.lvr_start in row
+    opened = special.lvr_start in ids
     result.triggered.append(opened)
-    after = row[row.index(special.lvr_start) + 1 :] if opened else []
-    following = next((token for token in after if token != special.lvr), None)
+    start = ids.index(special.lvr_start) + 1 if opened else len(ids)
+    following = next((token for token, inside in zip(ids[start:], latent[start:]) if not inside), None)
     result.closed.append(following == special.lvr_end)
 
 

@@ -1,0 +1,397 @@
+"""What goes wrong stays where it went wrong: failures, changed weights, foreign calls."""
+
+import threading
+
+import pytest
+import torch
+
+import vreflection as vr
+from vreflection.engine import prefill
+from vreflection.engine.requests import Prompt
+from vreflection.engine.timing import TimedSteps
+from vreflection.errors import ConfigError
+
+
+def make(model, **settings):
+    return vr.LatentDecoder(model, **{"max_batch_size": 3, "max_length": 128, **settings})
+
+
+def tokens(answers):
+    return [answer.tokens for answer in answers]
+
+
+def serve(decoder, tickets, look_every=2, turns=2000):
+    """What a server does: answers by ticket."""
+    answers = {}
+    for _ in range(turns):
+        for event in decoder.advance(look_every):
+            if event.generation is not None:
+                assert event.index not in answers, "answered twice"
+                answers[event.index] = event.generation
+        if not decoder.busy:
+            break
+    assert set(answers) == set(tickets)
+    return answers
+
+
+CHANGES = {
+    "fused optimizer": lambda model: optimise(model, fused=True),
+    "optimizer": lambda model: optimise(model, fused=False),
+    "loaded": lambda model: model.load_state_dict({n: 0.8 * p for n, p in model.state_dict().items()}, assign=True),
+    "replaced": lambda model: replace_layer(model),
+    "in place": lambda model: [p.mul_(0.8) for p in model.parameters()],
+}
+
+
+def optimise(model, fused):
+    parameters = list(model.parameters())
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+        parameter.grad = torch.sin(torch.arange(parameter.numel()).view(parameter.shape).float())
+    torch.optim.AdamW(parameters, lr=0.05, fused=fused).step()
+
+
+def replace_layer(model):
+    layer = model.model.language_model.layers[1].mlp
+    layer.up_proj = torch.nn.Linear(layer.up_proj.in_features, layer.up_proj.out_features, bias=False)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("step", ["auto", "torch", "model"])
+def test_changed_weights_are_noticed(lab, monkeypatch, change, step):
+    """Shared beginnings, encoded images and the weights that a step reads."""
+    monkeypatch.setattr(prefill, "SHORTEST_SHARED", 4)
+    model, prompts = lab.lively(), [lab.prompt(n) for n in (3, 1)]
+    decoder = make(model, step=step)
+    decoder.generate(prompts, max_new_tokens=5)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        CHANGES[change](model)
+    expected = make(model, step=step).generate(prompts, max_new_tokens=9, return_latents=True)
+    for answer, own in zip(decoder.generate(prompts, max_new_tokens=9, return_latents=True), expected, strict=True):
+        assert answer.tokens == own.tokens
+        torch.testing.assert_close(answer.step_hidden, own.step_hidden, rtol=1e-4, atol=1e-4)
+
+
+def test_forgetting_by_hand(lab):
+    model, prompts = lab.lively(), [lab.prompt(3)]
+    decoder = make(model)
+    decoder.generate(prompts, max_new_tokens=5)
+    for parameter in model.parameters():
+        parameter.data = parameter.data * 1.0  # new storage
+        parameter.data.mul_(0.8)
+    decoder.forget()
+    expected = tokens(make(model).generate(prompts, max_new_tokens=9))
+    assert tokens(decoder.generate(prompts, max_new_tokens=9)) == expected
+
+
+def test_hooks_and_adapters_take_the_hosts_forward(lab):
+    model, prompts = lab.lively(), [lab.prompt(n) for n in range(3)]
+    decoder = make(model)
+    assert decoder.step.name != "model"
+    decoder.generate(prompts, max_new_tokens=4)
+    handle = model.model.language_model.layers[0].mlp.register_forward_hook(lambda m, i, out: 1.5 * out)
+    expected = make(model, step="model").generate(prompts, max_new_tokens=9)
+    # Also on a decoder that is already there.
+    assert tokens(decoder.generate(prompts, max_new_tokens=9)) == tokens(expected)
+    assert decoder.step.name == "model"
+    with pytest.raises(ConfigError, match="pass over the hooks of layers.0.mlp"):
+        make(model, step="torch")
+    handle.remove()
+    assert tokens(decoder.generate(prompts, max_new_tokens=9)) != tokens(expected) and decoder.step.name != "model"
+
+
+@pytest.mark.parametrize("step", ["auto", "model"])
+def test_parts_of_a_model_in_training_mode(lab, step):
+    model, prompts = lab.lively(), [lab.prompt(n) for n in range(2)]
+    expected = tokens(make(model, step=step).generate(prompts, max_new_tokens=6))
+    model.gradient_checkpointing_enable()
+    model.model.language_model.layers.train()
+    assert not model.training
+    assert tokens(make(model, step=step).generate(prompts, max_new_tokens=6)) == expected
+    assert model.model.language_model.layers[0].training
+
+
+def test_under_autocast_and_with_a_model_made_in_inference_mode(lab):
+    model, prompts = lab.lively(), [lab.prompt(n) for n in range(2)]
+    expected = tokens(make(model).generate(prompts, max_new_tokens=6))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert tokens(make(model, step="model").generate(prompts, max_new_tokens=6)) == expected
+    with torch.inference_mode():
+        other = lab.lively()
+    assert tokens(make(other).generate(prompts, max_new_tokens=6)) == expected
+
+
+def test_equal_ids_at_other_positions_share_nothing(lab, monkeypatch):
+    monkeypatch.setattr(prefill, "SHORTEST_SHARED", 2)
+    model, ids = lab.lively(), torch.arange(3, 15)
+    prompts = [{"input_ids": ids, "position_ids": (torch.arange(12) * by).expand(3, -1)} for by in (1, 3)]
+    expected = [make(model).generate([prompt], max_new_tokens=5, return_latents=True)[0] for prompt in prompts]
+    for answer, own in zip(make(model).generate(prompts, max_new_tokens=5, return_latents=True), expected):
+        torch.testing.assert_close(answer.step_hidden, own.step_hidden, rtol=1e-4, atol=1e-4)
+
+
+def test_a_request_that_cannot_be_admitted_fails_alone(lab, monkeypatch):
+    model = lab.lively()
+    decoder = make(model)
+    requests = [decoder.request(lab.prompt(n), max_new_tokens=8) for n in range(5)]
+    expected = tokens(make(model).generate(requests))
+    bad = requests[1].prompt
+    plain = decoder.prefill.inputs
+
+    def inputs(prompts):
+        if any(prompt is bad for prompt in prompts):
+            raise ValueError("this one is broken")
+        return plain(prompts)
+
+    monkeypatch.setattr(decoder.prefill, "inputs", inputs)
+    tickets = [decoder.submit(request) for request in requests]
+    answers = serve(decoder, tickets)
+    for n, ticket in enumerate(tickets):
+        if n == 1:
+            assert answers[ticket].finish_reason == "error" and "broken" in str(answers[ticket].error)
+        else:
+            assert answers[ticket].tokens == expected[n] and answers[ticket].error is None
+    with pytest.raises(ValueError, match="this one is broken"):
+        decoder.generate(requests)
+    assert not decoder.busy
+    assert tokens(decoder.generate(requests[2:])) == expected[2:]
+
+
+def test_a_failed_step_fails_its_requests_and_not_the_decoder(lab, monkeypatch):
+    model = lab.lively()
+    decoder = make(model)
+    requests = [decoder.request(lab.prompt(n), max_new_tokens=12, eos_token_id=300) for n in range(6)]
+    expected = tokens(make(model).generate(requests))
+    plain, calls = decoder.step.forward, []
+
+    def forward(*args):
+        calls.append(1)
+        if len(calls) == 5:
+            raise RuntimeError("the device fell over")
+        return plain(*args)
+
+    monkeypatch.setattr(decoder.step, "forward", forward)
+    answers = serve(decoder, [decoder.submit(request) for request in requests], look_every=4)
+    failed = [n for n, answer in answers.items() if answer.finish_reason == "error"]
+    assert failed == [0, 1, 2] and all("fell over" in str(answers[n].error) for n in failed)
+    for n in (3, 4, 5):
+        assert answers[n].tokens == expected[n]
+    calls.clear()
+    with pytest.raises(RuntimeError, match="fell over"):
+        decoder.generate(requests)
+    assert tokens(decoder.generate(requests)) == expected
+
+
+def test_text_that_cannot_be_made_fails_its_answer_alone(lab, tiny):
+    model = lab.lively()
+
+    class Processor:
+        spoken = 0
+
+        def decode(self, ids):
+            self.spoken += 1
+            if self.spoken == 2:
+                raise UnicodeError("no text")
+            return "text"
+
+    decoder = make(model, processor=Processor())
+    requests = [decoder.request(lab.prompt(n), max_new_tokens=6) for n in range(5)]
+    expected = tokens(make(model).generate(requests))
+    answers = serve(decoder, [decoder.submit(request) for request in requests])
+    assert [answers[n].tokens for n in range(5)] == expected
+    assert sum(answer.error is not None for answer in answers.values()) == 1
+
+
+def test_a_failed_admission_leaves_no_beginning_to_share(lab, monkeypatch):
+    monkeypatch.setattr(prefill, "SHORTEST_SHARED", 4)
+    model = lab.lively()
+    decoder = make(model, max_batch_size=2)
+    expected = tokens(make(model).generate([lab.prompt(3)], max_new_tokens=8))
+    running = decoder.submit(decoder.request(lab.prompt(1), max_new_tokens=40, eos_token_id=300))
+    decoder.advance()
+    with monkeypatch.context() as broken:
+        broken.setattr(decoder, "first_picks", lambda *_: 1 / 0)
+        bad = decoder.submit(decoder.request(lab.prompt(3), max_new_tokens=8))
+        events = decoder.advance(8)
+    assert [e.index for e in events if e.generation is not None] == [bad]
+    decoder.advance(8)
+    good = decoder.submit(decoder.request(lab.prompt(3), max_new_tokens=8))
+    assert serve(decoder, [running, good])[good].tokens == expected[0]
+
+
+def test_an_interrupt_during_admission_loses_nothing(lab, monkeypatch):
+    model = lab.lively()
+    decoder = make(model)
+    requests = [decoder.request(lab.prompt(n), max_new_tokens=6) for n in range(4)]
+    expected = tokens(make(model).generate(requests))
+    tickets = [decoder.submit(request) for request in requests]
+    decoder.cancel(tickets[3])
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as broken:
+        broken.setattr(decoder.prefill, "fill", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            decoder.advance()
+    answers = serve(decoder, tickets)
+    assert [answers[ticket].tokens for ticket in tickets] == [*expected[:3], []]
+    assert answers[tickets[3]].finish_reason == "cancelled"
+
+
+def test_submitting_from_threads(lab):
+    model = lab.lively()
+    decoder, kinds = make(model), 4
+    requests = [decoder.request(lab.prompt(n), max_new_tokens=3) for n in range(kinds)]
+    expected = tokens(make(model).generate(requests))
+    tickets, each = {}, 40
+
+    def client(which):
+        for n in range(each):
+            ticket = decoder.submit(requests[(n + which) % kinds])
+            tickets[ticket] = (n + which) % kinds
+            if n % 5 == 0:
+                decoder.cancel(ticket)
+
+    threads = [threading.Thread(target=client, args=(which,)) for which in range(4)]
+    for thread in threads:
+        thread.start()
+    answers = {}
+    while any(thread.is_alive() for thread in threads) or decoder.busy:
+        for event in decoder.advance(2):
+            if event.generation is not None:
+                answers[event.index] = event.generation
+    assert len(answers) == len(tickets) == 4 * each
+    for ticket, answer in answers.items():
+        if answer.finish_reason != "cancelled":
+            assert answer.tokens == expected[tickets[ticket]]
+
+
+def test_submitting_while_a_call_runs_is_refused(lab):
+    model = lab.lively()
+    decoder = make(model)
+    request = decoder.request(lab.prompt(0), max_new_tokens=3)
+    stream = decoder.stream([lab.prompt(1)], max_new_tokens=9)
+    next(stream)
+    with pytest.raises(RuntimeError, match="busy with generate or stream"):
+        decoder.submit(request)
+    stream.close()
+    assert serve(decoder, [decoder.submit(request)])
+
+
+def test_cancelling_a_long_queue_is_quick_and_complete(lab):
+    decoder = make(lab.lively(), max_batch_size=1)
+    request = decoder.request(lab.prompt(1), max_new_tokens=1)
+    tickets = [decoder.submit(request) for _ in range(20_000)]
+    for ticket in tickets:
+        decoder.cancel(ticket)
+    answers = serve(decoder, tickets, turns=3)
+    assert all(answer.finish_reason == "cancelled" for answer in answers.values())
+
+
+def test_a_callback_or_an_iterator_that_fails_leaves_the_decoder_usable(lab):
+    model = lab.lively()
+    decoder, prompts = make(model), [lab.prompt(n) for n in range(lab.count)]
+    expected = tokens(make(model).generate(prompts, max_new_tokens=6))
+
+    def broken():
+        yield from prompts[:4]
+        raise OSError("the disk is gone")
+
+    heard = []
+    with pytest.raises(OSError, match="the disk is gone"):
+        decoder.generate(broken(), max_new_tokens=6, on_answer=heard.append)
+    assert heard and not decoder.busy
+    with pytest.raises(ZeroDivisionError):
+        decoder.generate(prompts, max_new_tokens=6, on_answer=lambda _: 1 / 0)
+    assert tokens(decoder.generate(prompts, max_new_tokens=6)) == expected
+
+
+def test_one_prompt_instead_of_a_list_is_refused(lab, tiny):
+    decoder = make(lab.lively(), processor=tiny.processor())
+    for given in (lab.prompt(1), "a question ?", ("a question ?", "photo.jpg"), Prompt(torch.tensor([5]))):
+        with pytest.raises(ValueError, match=r"prompts: expected a list of prompts, got one .*; pass \[prompt\]"):
+            decoder.generate(given)
+
+
+def test_tensors_that_do_not_fit_a_prompt(lab):
+    decoder = make(lab.lively())
+    good = lab.prompt(1)
+    length = good["input_ids"].shape[1]
+    for change, message in (
+        ({"input_ids": torch.full((1, length), 320)}, r"input_ids: expected ids in \[0, 320\), got 320"),
+        ({"input_ids": torch.full((1, length), -1)}, "got -1 to -1"),
+        ({"position_ids": torch.zeros(3, length + 1)}, rf"position_ids: expected \(3, {length}\)"),
+        ({"position_ids": torch.zeros(4, 1, length)}, r"position_ids: expected"),
+        (
+            {"mm_token_type_ids": torch.zeros(1, length + 2)},
+            f"mm_token_type_ids: expected {length} .* got {length + 2}",
+        ),
+        ({"image_keys": ["a"]}, r"image_keys: expected one per image \(0\), got 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            decoder.request({**good, **change})
+    for settings, message in (
+        ({"seed": 0.5}, "seed: expected an integer, got 0.5"),
+        ({"max_new_tokens": 2**40}, "below 2\\^31"),
+        ({"do_sample": True, "temperature": 1e-30}, "temperature: expected > 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            decoder.request(good, **settings)
+    with pytest.raises(ConfigError, match="image_cache: expected at least 0"):
+        make(lab.lively(), image_cache=-1)
+
+
+def test_generation_configs_that_cannot_be_honoured(lab, tiny):
+    from transformers import GenerationConfig
+
+    model = lab.lively()
+    for setting in (
+        {"num_beams": 4},
+        {"bad_words_ids": [[5]]},
+        {"min_new_tokens": 3},
+        {"do_sample": True, "min_p": 0.1},
+    ):
+        name = list(setting)[-1]
+        config = GenerationConfig(eos_token_id=tiny.EOS, pad_token_id=tiny.PAD, **setting)
+        with pytest.raises(ConfigError, match=f"generation config: {name}=.* is not supported"):
+            make(model).request(lab.prompt(1), generation_config=config, max_new_tokens=2)
+    config = GenerationConfig(eos_token_id=torch.tensor([tiny.EOS, 5]), max_new_tokens=3)
+    assert make(model).request(lab.prompt(1), generation_config=config).eos_token_ids == (tiny.EOS, 5)
+
+
+def test_a_host_model_is_refused_with_the_way_out(tiny):
+    with pytest.raises(ConfigError, match="expected a VReflectionForConditionalGeneration, got Qwen2_5_VL.*from_base"):
+        vr.LatentDecoder(tiny.host_model())
+
+
+def test_many_questions_on_one_image_hold_its_pixels_once(lab):
+    decoder = make(lab.lively())
+    requests = decoder.requests([lab.prompt(3, question=(n,)) for n in range(5)], None, {"max_new_tokens": 2})
+    assert len({request.prompt.pixel_values.data_ptr() for request in requests}) == 1
+
+
+def test_timing_leaves_a_decoder_as_it_was(lab):
+    model, prompts = lab.lively(), [lab.prompt(n) for n in range(lab.count)]
+    decoder = make(model)
+    expected = tokens(decoder.generate(prompts, max_new_tokens=6))
+    timed = TimedSteps(decoder)
+    for latent in (False, True):
+        timed.start([40, 30])
+        before = decoder.buffers.state.length.tolist()
+        timed.run(5, latent=latent)
+        after = decoder.buffers.state.length.tolist()
+        assert [b - a for a, b in zip(before, after)] == [5, 5, 0]
+    with pytest.raises(ValueError, match="count: expected 1 to 64 steps, got 65"):
+        timed.run(65)
+    timed.close()
+    assert tokens(decoder.generate(prompts, max_new_tokens=6)) == expected
+
+
+def test_steps_stay_narrow(lab):
+    """One request at a time uses the first row again and again."""
+    decoder = make(lab.lively(), max_batch_size=16)
+    for n in range(6):
+        decoder.generate([lab.prompt(n)], max_new_tokens=3)
+    assert {key.rows for key in decoder.programs} == {1}
