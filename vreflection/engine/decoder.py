@@ -8,8 +8,8 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import closing, nullcontext
 from itertools import islice
 
 import torch
@@ -258,11 +258,13 @@ class LatentDecoder:
             answers in the order of the prompts.
         """
         answers: dict[int, Generation] = {}
-        for event in self.serve(self.requests(prompts, seed, settings), LOOK_EVERY):
-            if event.generation is not None:
-                answers[event.index] = event.generation
-                if on_answer is not None:
-                    on_answer(event.generation)
+        # Closed at once, not when an exception's traceback lets go of it.
+        with closing(self.serve(self.requests(prompts, seed, settings), LOOK_EVERY)) as events:
+            for event in events:
+                if event.generation is not None:
+                    answers[event.index] = event.generation
+                    if on_answer is not None:
+                        on_answer(event.generation)
         return [answers[index] for index in range(len(answers))]
 
     def stream(self, prompts: Iterable, *, seed: int | None = None, **settings) -> Iterator[Emitted]:
@@ -293,7 +295,7 @@ class LatentDecoder:
 
         return list(made()) if isinstance(prompts, list) else made()
 
-    def serve(self, requests: Iterable[Request], look_every: int) -> Iterator[Emitted]:
+    def serve(self, requests: Iterable[Request], look_every: int) -> Generator[Emitted, None, None]:
         """Decode requests, never holding more of them than have a row, and yield what is emitted."""
         if self.busy or self.serving:
             raise RuntimeError("this decoder is busy with another call; finish or close it, or use another decoder")
@@ -334,9 +336,12 @@ class LatentDecoder:
             launched = bool(self.rows) and self.launch(look_every)
             # On a GPU the next steps are queued before the last ones are read: it never waits for the host.
             ahead = 1 if launched and self.device.type == "cuda" and self.tier.name != "loop" else 0
-            while len(self.looks) > ahead:
-                self.read(self.looks[0])
-                self.looks.popleft()
+            try:
+                while len(self.looks) > ahead:
+                    self.read(self.looks.popleft())
+            except BaseException as error:  # an interrupt, or the device itself
+                self.fail(list(self.rows.values()), error)
+                raise
         events, self.events = self.events, []
         return events
 
