@@ -413,3 +413,11 @@ def test_parameters_changed_in_place_are_seen(lab, seed, monkeypatch):
     again = decoder.generate([lab.prompt(3)], max_new_tokens=9, return_latents=True)[0]
     assert again.tokens == fresh.tokens
     torch.testing.assert_close(again.step_hidden, fresh.step_hidden, rtol=1e-4, atol=1e-4)
+
+
+def test_sliding_windows_are_refused(lab, monkeypatch):
+    model = lab.lively()
+    config = model.model.language_model.config
+    monkeypatch.setattr(config, "layer_types", ["full_attention", "sliding_attention"])
+    with pytest.raises(ConfigError, match="no decoder step can run this model here: .*model: the cache holds full"):
+        make(model)

@@ -20,6 +20,14 @@ STEPS = ("auto", "fused", "cpp", "torch", "model")
 _said: set[str] = set()
 
 
+def why_not_host(model) -> str | None:
+    """Why not even the host's own forward can decode on our cache, or None."""
+    kinds = set(getattr(model.model.language_model.config, "layer_types", None) or [])
+    if kinds <= {"full_attention"}:
+        return None
+    return f"the cache holds full attention only, the model has {sorted(kinds)} layers"
+
+
 def step_report(device: torch.device, dtype: torch.dtype) -> str:
     """What `auto` takes for a Qwen2-type decoder, and why not the others."""
     skipped = ""
@@ -44,12 +52,16 @@ def choose_step(name: str, model, cache: KVCache) -> HostStep:
         "fused": structure or why_not_fused(cache.device, cache.dtype),
         "cpp": structure or why_not_cpp(cache.device, cache.dtype) or why_not_weights(model, cache.dtype),
         "torch": structure,
-        "model": None,
+        "model": why_not_host(model),
     }
     if name == "auto":
         if dispatch.INTERPRETING:
             reasons["fused"] = "the interpreter only on request"
-        name = next(option for option in STEPS[1:] if reasons[option] is None)
+        usable = [option for option in STEPS[1:] if reasons[option] is None]
+        if not usable:
+            told = "; ".join(f"{option}: {reason}" for option, reason in reasons.items())
+            raise ConfigError(f"no decoder step can run this model here: {told}")
+        name = usable[0]
         skipped = "; ".join(f"{option}: {reason}" for option, reason in reasons.items() if reason)
         line = f"decode step: {name}" + (f" ({skipped})" if skipped else "")
         if line not in _said:
