@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import GenerationConfig, Qwen2_5_VLForConditionalGeneration
 
-from vreflection.engine import decoder as engine
+from vreflection.engine import batch as engine
 from vreflection.engine.cache import KVCache
 from vreflection.errors import ConfigError
 

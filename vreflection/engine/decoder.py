@@ -5,7 +5,6 @@ Shape suffixes: B rows, L prompt tokens, N latents per span, D width.
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
@@ -14,41 +13,17 @@ from itertools import islice
 
 import torch
 
-from ..decoding import (
-    NOTHING,
-    DecodeBuffers,
-    DecodeProgram,
-    DecodeRules,
-    DecodeState,
-    PickPlan,
-    ProgramKey,
-    SamplingRows,
-    advance,
-    read_emission,
-)
-from ..decoding.tiers import choose_tier
+from ..decoding import NOTHING, DecodeRules
 from ..errors import ConfigError
-from .cache import KVCache
-from .choice import choose_step
-from .memory import check_fit
-from .prefill import Prefill
+from .batch import Batch
 from .requests import Emitted, Generation, Prompt, Request, check_images, check_tokens
-from .rows import Look, Row
 from .settings import given_latents, resolve_latent_steps, resolve_settings
-from .steps import eval_mode
-from .weights import WeightWatch
 
-logger = logging.getLogger(__name__)
-
-COLUMN_STEP = 64  # cache lengths are multiples of this, so that few shapes ever occur
-SMALLEST_EXTENT = {"cpu": 64, "cuda": 512}
 # Steps between two looks of the host at what was emitted, when nobody waits for single tokens.
 LOOK_EVERY = 8
-RING = 64
-LOOP_RING = 1024
 
 
-class LatentDecoder:
+class LatentDecoder(Batch):
     """Batched latent decoding with continuous admission.
 
     Args:
@@ -92,42 +67,16 @@ class LatentDecoder:
                 f"model: expected a VReflectionForConditionalGeneration, got {type(model).__name__}; "
                 'its from_base(model, stage="base") makes one that shares the parameters'
             )
-        self.model, self.processor = model, processor
-        self.max_batch_size, self.max_length = max_batch_size, max_length
-        config = model.config
-        text = config.get_text_config()
-        self.device, self.width = model.device, text.hidden_size
-        self.dtype = model.get_input_embeddings().weight.dtype
-        self.merge = config.vision_config.spatial_merge_size
-        settings = resolve_settings(model.generation_config, {})
-        self.rules = DecodeRules(config.lvr_start_id, config.lvr_id, settings.pad_token_id, latent_mode)
-        self.tier = choose_tier(tier, self.device)
-        heads = text.num_key_value_heads
-        self.cache_shape = {
-            "layers": text.num_hidden_layers,
-            "heads": heads,
-            "width": getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
-            "dtype": self.dtype,
-        }
-        columns = round_up(max_length or 4 * COLUMN_STEP, COLUMN_STEP)
-        check_fit(self.cache_shape, max_batch_size, columns, self.device)
-        with torch.inference_mode():
-            self.cache = KVCache(rows=max_batch_size, columns=columns, device=self.device, **self.cache_shape)
-            ring = LOOP_RING if self.tier.name == "loop" else RING
-            self.buffers = DecodeBuffers.allocate(max_batch_size, self.width, self.dtype, self.device, ring)
-        self.step_name, self.step = step, choose_step(step, model, self.cache)
-        self.weights = WeightWatch(model)
-        self.prefill = Prefill(model, self.step, self.cache, image_cache, share_prefixes)
-        self.programs: dict[ProgramKey, DecodeProgram] = {}
+        pad = model.generation_config.pad_token_id
+        rules = DecodeRules(model.config.lvr_start_id, model.config.lvr_id, 0 if pad is None else pad, latent_mode)
+        super().__init__(
+            model, processor, rules, max_batch_size, max_length, step, tier, image_cache, share_prefixes
+        )  # fmt: skip
         # What other threads may touch: the queue and the tickets.
         self.lock = threading.Lock()
         self.waiting: dict[int, Request] = {}
         self.serving = False
-        self.rows: dict[int, Row] = {}
-        self.by_ticket: dict[int, Row] = {}
         self.cancelled: deque[int] = deque()
-        self.looks: deque[Look] = deque()
-        self.events: list[Emitted] = []  # not handed out yet: an exception must not lose them
         self.next_ticket = 0
 
     # Requests
@@ -321,7 +270,7 @@ class LatentDecoder:
                 self.advance(look_every)
             self.serving = False
 
-    # The engine's own cycle
+    # One turn of the engine
 
     def advance(self, look_every: int = 1) -> list[Emitted]:
         """Admit what fits, take up to `look_every` steps, and return what was emitted. Indices are tickets.
@@ -388,269 +337,3 @@ class LatentDecoder:
                 back = {ticket: request for ticket, request in taken if ticket not in self.by_ticket}
                 self.waiting = back | self.waiting
             raise
-
-    def settle(self) -> None:
-        """Before the first request after a rest: changed parameters are noticed."""
-        moved, different = self.weights.changed()
-        if different:
-            self.forget()
-        if moved:
-            self.step = self.prefill.step = choose_step(self.step_name, self.model, self.cache)
-            self.forget_programs()
-
-    def places(self, count: int) -> list[int]:
-        """Free rows: low ones, so that steps stay narrow, and among those first the ones that hold no prompt."""
-        bucket = next_power_of_2(max(len(self.rows) + count, *(slot + 1 for slot in self.rows), 1))
-        free = [slot for slot in range(self.max_batch_size) if slot not in self.rows]
-        return sorted(sorted(free, key=lambda slot: (slot >= bucket, slot in self.prefill.held, slot))[:count])
-
-    def fill(self, taken: list[tuple[int, Request]]) -> None:
-        slots, requests = self.places(len(taken)), [request for _, request in taken]
-        try:
-            self.make_room(max(len(request.prompt) for request in requests) + 1)
-            with eval_mode(self.model):
-                hidden = self.prefill.fill(slots, [request.prompt for request in requests])
-            last = torch.stack([hidden[slot][0] for slot in slots])
-            emissions = self.first_picks(slots, requests, last, [hidden[slot][1] for slot in slots])
-        except BaseException:
-            # The rows stay idle, and steps of their neighbours may write anywhere in them.
-            for slot in slots:
-                self.prefill.held.pop(slot, None)
-            raise
-        for (ticket, request), slot, number, z in zip(taken, slots, emissions, last):
-            row = Row(ticket, slot, request, Generation(ticket, len(request.prompt)))
-            if int(request.prompt.input_ids[-1]) == self.rules.lvr_start_id and request.latent_steps:
-                row.in_span = 0
-            self.rows[slot] = self.by_ticket[ticket] = row
-            if request.return_latents:
-                row.hidden.append(z)
-            self.note(row, number)
-
-    def first_picks(self, slots, requests: list[Request], last_BD, positions: list[int]) -> list[int]:
-        """Set the rows' state, pick each one's first token; returns emissions."""
-        device, state = self.device, self.buffers.state
-        number = lambda values: torch.tensor(values, dtype=torch.int64, device=device)  # noqa: E731
-        start = self.rules.lvr_start_id
-        last = [int(request.prompt.input_ids[-1]) for request in requests]
-        capacity = self.max_length or torch.iinfo(torch.int64).max
-        fresh = DecodeState.idle(len(slots), self.width, self.dtype, device)
-        fresh.latent_steps = number([r.latent_steps for r in requests])
-        fresh.max_new_tokens = number([r.max_new_tokens for r in requests])
-        fresh.capacity.fill_(capacity)
-        for row, request in enumerate(requests):
-            fresh.end_ids[row, : len(request.eos_token_ids)] = number(list(request.eos_token_ids))
-        fresh.finished.fill_(False)
-        fresh.last_token, fresh.z = number(last), last_BD
-        fresh.position, fresh.length = number(positions), number([len(r.prompt) for r in requests])
-        plan = PickPlan.of([r.sampling for r in requests])
-        sampling = SamplingRows.of([r.sampling for r in requests], [r.seed for r in requests], device)
-        if plan.penalty or state.seen is not None:
-            self.make_penalty_buffer()
-            fresh.seen = torch.stack([seen_ids(r.prompt.input_ids.to(device), state.seen.shape[1]) for r in requests])  # pyright: ignore
-        if any(r.latents is not None for r in requests) or self.buffers.given is not None:
-            self.set_given(slots, requests)
-        picked = self.step.pick(last_BD, ~fresh.finished, sampling, plan, fresh)
-        forced = number([start if r.force_latent and id != start else -1 for r, id in zip(requests, last)])
-        moved, emitted = advance(fresh, self.rules, last_BD, torch.where(forced >= 0, forced, picked))
-        index = number(slots)
-        limits = [getattr(moved, name) for name in DecodeState.LIMITS]
-        targets = [
-            *(getattr(state, name) for name in DecodeState.LIMITS),
-            *state.tensors(),
-            *self.buffers.sampling.tensors(),
-        ]
-        for target, value in zip(targets, [*limits, *moved.tensors(), *sampling.tensors()], strict=True):
-            target.index_copy_(0, index, value.to(target.dtype))
-        return emitted.tolist()
-
-    def make_penalty_buffer(self) -> None:
-        state = self.buffers.state
-        if state.seen is None:
-            vocabulary = self.model.get_output_embeddings().weight.shape[0]
-            state.seen = torch.zeros(self.max_batch_size, vocabulary, dtype=torch.bool, device=self.device)
-            self.forget_programs()
-
-    def set_given(self, slots: list[int], requests: list[Request]) -> None:
-        buffers = self.buffers
-        steps = max([len(r.latents) for r in requests if r.latents is not None], default=0)
-        held = 0 if buffers.given is None else buffers.given.shape[1]
-        if steps > held:
-            grown = torch.zeros(self.max_batch_size, steps, self.width, dtype=self.dtype, device=self.device)
-            if buffers.given is not None:
-                grown[:, :held] = buffers.given
-            buffers.given = grown
-            if buffers.has_given is None:
-                buffers.has_given = torch.zeros(self.max_batch_size, dtype=torch.bool, device=self.device)
-            self.forget_programs()
-        assert buffers.given is not None and buffers.has_given is not None
-        for slot, request in zip(slots, requests):
-            buffers.has_given[slot] = request.latents is not None
-            if request.latents is not None:
-                buffers.given[slot, : len(request.latents)] = request.latents.to(self.device, self.dtype)
-
-    def make_room(self, columns: int) -> None:
-        """Grow the cache to `columns`, where it may grow."""
-        if columns <= self.cache.columns:
-            return
-        columns = round_up(max(columns, self.cache.columns * 3 // 2), COLUMN_STEP)
-        check_fit(self.cache_shape, self.max_batch_size, columns, self.device, held=self.cache.nbytes)
-        self.cache.grow(columns)
-        self.forget_programs()
-
-    def forget_programs(self) -> None:
-        """Buffers moved: what was recorded on the old ones is void."""
-        self.programs.clear()
-        clear = getattr(self.tier, "clear", None)
-        if clear is not None:
-            clear()
-
-    # Steps
-
-    def launch(self, look_every: int) -> bool:
-        """Send steps to the device; whether it went well."""
-        rows = list(self.rows.values())
-        try:
-            free = min(row.free_steps() for row in rows) if self.rules.clean and not self.looks else 0
-            calls, span = self.look_steps(look_every, rows), self.span_steps(free, rows)
-            steps = span or calls
-            columns = max(row.columns for row in rows) + steps
-            if self.max_length is None:
-                self.make_room(columns)
-            program = self.program(rows, min(columns, self.cache.columns), span)
-            self.buffers.rewind()
-            with eval_mode(self.model) if self.step.name == "model" else nullcontext():
-                self.tier.run(program, 1 if span else calls)
-            for row in rows:
-                row.launched += steps
-                self.prefill.written(row.slot, row.columns)
-            self.looks.append(self.look(rows, program, steps))
-            return True
-        except BaseException as error:
-            self.fail(rows, error)
-            if isinstance(error, Exception):
-                return False
-            raise
-
-    def fail(self, rows: list[Row], error: BaseException) -> None:
-        """A step failed somewhere: nobody knows how far the rows are, so they end here."""
-        self.looks.clear()
-        self.buffers.state.finished.fill_(True)
-        for row in rows:
-            self.finish(row, NOTHING, False, "error", error)
-        self.prefill.forget()
-        self.forget_programs()
-
-    def look_steps(self, look_every: int, rows: list[Row]) -> int:
-        """Steps until the host looks again: no more than the longest row can still take."""
-        ring = self.buffers.emitted.shape[0]
-        left = max(row.request.max_new_tokens - row.counted for row in rows)
-        if self.tier.name == "loop":
-            # Room for a span; whoever opens more is launched again.
-            return max(1, min(ring, left + max(row.request.latent_steps for row in rows)))
-        spans = any(row.request.latent_steps for row in rows)
-        return max(1, min(look_every, ring) if spans else min(look_every, ring, left))
-
-    def span_steps(self, free: int, rows: list[Row]) -> int:
-        """Steps to take as one latent span, 0 for none. Recorded spans come in whole lengths only."""
-        free = min(free, self.buffers.emitted.shape[0])
-        if self.tier.name == "loop":
-            return 0
-        if self.tier.name == "eager":
-            return free
-        return free if free and all(row.in_span == 0 for row in rows) else 0
-
-    def program(self, rows: list[Row], columns: int, span: int) -> DecodeProgram:
-        wanted = max(row.slot for row in rows) + 1
-        record = any(row.request.return_latents for row in rows)
-        if record and self.buffers.hidden is None:
-            ring = self.buffers.emitted.shape[0]
-            shape = (ring, self.max_batch_size, self.width)
-            self.buffers.hidden = torch.zeros(shape, dtype=self.dtype, device=self.device)
-        key = ProgramKey(
-            rows=self.bucket(wanted),
-            extent=self.extent(columns),
-            steps=span or 1,
-            text=not span,
-            plan=PickPlan.of([row.request.sampling for row in rows]),
-            record=record,
-            given=any(row.request.latents is not None for row in rows),
-        )
-        if key not in self.programs:
-            self.programs[key] = DecodeProgram(self.step, self.buffers, self.rules, key)
-        return self.programs[key]
-
-    def bucket(self, rows: int) -> int:
-        """Rows a step computes: few different numbers where programs are recorded."""
-        return rows if self.tier.name == "eager" else min(next_power_of_2(rows), self.max_batch_size)
-
-    def extent(self, columns: int) -> int:
-        """Cache columns a step looks at: few different numbers, so that few programs are recorded."""
-        smallest = SMALLEST_EXTENT.get(self.device.type, 64)
-        rounded = round_up(columns, smallest) if self.tier.name == "eager" else next_power_of_2(max(columns, smallest))
-        return min(rounded, self.cache.columns)
-
-    def look(self, rows: list[Row], program: DecodeProgram, steps: int) -> Look:
-        emitted = self.buffers.emitted[:steps]
-        hidden = None if program.hidden is None else program.hidden[:steps].clone()
-        if self.device.type != "cuda":
-            return Look(emitted, hidden, rows, steps)
-        host = torch.empty(emitted.shape, dtype=emitted.dtype, pin_memory=True)
-        host.copy_(emitted, non_blocking=True)
-        ready = torch.cuda.Event()
-        ready.record()
-        return Look(host, hidden, rows, steps, ready)
-
-    def read(self, look: Look) -> None:
-        if look.ready is not None:
-            look.ready.synchronize()
-        lines = look.emitted.tolist()
-        for row in look.rows:
-            # A loop on the device may stop early.
-            row.launched += sum(line[row.slot] != NOTHING for line in lines) - look.steps
-        for number, line in enumerate(lines):
-            for row in look.rows:
-                if row.done or line[row.slot] == NOTHING:
-                    continue
-                if row.request.return_latents and look.hidden is not None:
-                    row.hidden.append(look.hidden[number, row.slot])
-                self.note(row, line[row.slot])
-
-    def note(self, row: Row, number: int) -> None:
-        """Take one emission into a row's answer."""
-        token, latent, last = read_emission(number)
-        row.take(token, latent, self.rules.lvr_start_id, self.rules.clean)
-        if last:
-            self.finish(row, token, latent, row.why_it_ended())
-        else:
-            self.events.append(Emitted(row.ticket, token, latent))
-
-    def finish(self, row: Row, token: int, latent: bool, reason: str, error: BaseException | None = None) -> None:
-        """Free a row and hand its answer out."""
-        row.done = True
-        answer = row.answer
-        answer.finish_reason, answer.error = reason, error
-        del self.rows[row.slot], self.by_ticket[row.ticket]
-        # A finished row still writes, just past its end.
-        self.prefill.written(row.slot, row.columns + 1)
-        try:
-            if self.processor is not None:
-                shown = [t for t, hidden in zip(answer.tokens, answer.latent) if not hidden]
-                answer.text = self.processor.decode(shown)
-            if row.request.return_latents:
-                row.collect()
-        except Exception as own:
-            answer.error = answer.error or own
-        self.events.append(Emitted(row.ticket, token, latent, answer))
-
-
-def seen_ids(input_ids: torch.Tensor, vocabulary: int) -> torch.Tensor:
-    """Ids that occur in a prompt, `(V,)` bool."""
-    return torch.zeros(vocabulary, dtype=torch.bool, device=input_ids.device).index_fill(0, input_ids, True)
-
-
-def round_up(value: int, step: int) -> int:
-    return -(-value // step) * step
-
-
-def next_power_of_2(value: int) -> int:
-    return 1 << max(value - 1, 0).bit_length()
