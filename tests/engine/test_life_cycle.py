@@ -101,6 +101,20 @@ def test_hooks_and_adapters_take_the_hosts_forward(lab):
     assert tokens(decoder.generate(prompts, max_new_tokens=9)) != tokens(expected) and decoder.step.name != "model"
 
 
+def test_a_model_that_an_explicit_step_no_longer_fits_is_refused_until_it_does(lab):
+    model, prompts = lab.lively(), [lab.prompt(n) for n in range(3)]
+    decoder = make(model, step="torch")
+    expected = tokens(decoder.generate(prompts, max_new_tokens=6))
+    handle = model.model.language_model.layers[0].mlp.register_forward_hook(lambda m, i, out: 1.5 * out)
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="pass over the hooks"):
+            decoder.generate(prompts, max_new_tokens=6)
+        answers = serve(decoder, [decoder.submit(decoder.request(prompts[0], max_new_tokens=6))])
+        assert [answer.finish_reason for answer in answers.values()] == ["error"]
+    handle.remove()
+    assert tokens(decoder.generate(prompts, max_new_tokens=6)) == expected
+
+
 @pytest.mark.parametrize("step", ["auto", "model"])
 def test_parts_of_a_model_in_training_mode(lab, step):
     model, prompts = lab.lively(), [lab.prompt(n) for n in range(2)]

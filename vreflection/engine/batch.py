@@ -95,8 +95,12 @@ class Batch:
         if different:
             self.prefill.forget()
         if moved:
-            self.step = self.prefill.step = choose_step(self.step_name, self.model, self.cache)
             self.forget_programs()
+            try:
+                self.step = self.prefill.step = choose_step(self.step_name, self.model, self.cache)
+            except Exception:
+                self.weights.places = []  # the old step must not run: try again next time
+                raise
 
     def places(self, count: int) -> list[int]:
         """Free rows: low ones, so that steps stay narrow, and among those first the ones that hold no prompt."""

@@ -73,10 +73,8 @@ class HostLayer(CacheLayerMixin):
     def get_seq_length(self) -> int:
         return self.owner.start
 
-    def get_mask_sizes(self, query_length) -> tuple[int, int]:
-        # Up to 5.3 the host passed positions here, later their number.
-        count = query_length if isinstance(query_length, int) else query_length.shape[0]
-        return self.owner.start + count, 0
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.owner.start + query_length, 0
 
     def get_max_length(self) -> int:
         return self.owner.cache.columns

@@ -317,23 +317,33 @@ class LatentDecoder(Batch):
             taken = [(ticket, self.waiting.pop(ticket)) for ticket in list(islice(self.waiting, free))]
         if not taken:
             return
-        if not self.rows:
-            self.settle()
+        try:
+            self.admit_all(taken)
+        except BaseException:
+            # An interrupt: what has neither a row nor an answer waits on, first in the queue.
+            answered = {event.index for event in self.events if event.generation is not None}
+            with self.lock:
+                left = {t: request for t, request in taken if t not in self.by_ticket and t not in answered}
+                self.waiting = left | self.waiting
+            raise
+
+    def admit_all(self, taken: list[tuple[int, Request]]) -> None:
+        """Give every request a row, or an answer that says why not."""
+        try:
+            if not self.rows:
+                self.settle()
+        except Exception as error:
+            for ticket, request in taken:
+                self.give_up(ticket, request, "error", error)
+            return
         try:
             self.fill(taken)
         except Exception as error:
             # Whose fault was it? One by one, only the culprit fails.
             for ticket, request in taken:
-                if ticket in self.by_ticket or len(taken) == 1:
-                    continue
                 try:
+                    if len(taken) == 1:
+                        raise error
                     self.fill([(ticket, request)])
                 except Exception as own:
                     self.give_up(ticket, request, "error", own)
-            if len(taken) == 1:
-                self.give_up(*taken[0], "error", error)
-        except BaseException:
-            with self.lock:
-                back = {ticket: request for ticket, request in taken if ticket not in self.by_ticket}
-                self.waiting = back | self.waiting
-            raise

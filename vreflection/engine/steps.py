@@ -216,14 +216,10 @@ def why_not_qwen(model: nn.Module) -> str | None:
             for name in names:
                 projection = getattr(module, name, None)
                 # Exactly nn.Linear: adapters and quantised layers compute something else.
-                if type(projection) is not nn.Linear:
+                if projection is None or type(projection) is not nn.Linear:
                     found = "nothing" if projection is None else type(projection).__name__
                     return f"our step needs layer {number}'s {part}.{name} to be nn.Linear, got {found}"
-                if (
-                    projection is not None
-                    and projection.bias is not None
-                    and name not in ("q_proj", "k_proj", "v_proj")
-                ):
+                if projection.bias is not None and name not in ("q_proj", "k_proj", "v_proj"):
                     return f"our step knows no bias in layer {number}'s {part}.{name}"
         if hasattr(layer.self_attn, "q_norm") or hasattr(layer.self_attn, "k_norm"):
             return f"our step knows no query or key norm, layer {number} has one"
