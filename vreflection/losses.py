@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from .ops.distillation_loss import KL_REDUCTIONS, kl_sum, mean_square
 
+PUBLISHED_ALIGNMENT = 0.5
 ALIGNMENTS = ("symmetric", "stochastic", "llm_only", "bcm_only")
 
 
@@ -50,15 +51,21 @@ class LatentObjective:
             raise ValueError(f"stochastic_probability: expected 0..1, got {self.stochastic_probability}")
 
     @classmethod
-    def for_stage(cls, stage: str, **overrides) -> LatentObjective:
-        """The published settings of a stage, with overrides."""
+    def for_stage(cls, stage: str, keep_alignment: bool = False, **overrides) -> LatentObjective:
+        """The published settings of a stage, with overrides.
+
+        `keep_alignment` keeps stage 1's alignment term in stage 2, at its published weight unless one is given.
+        """
         unknown = set(overrides) - {f.name for f in fields(cls)}
         if unknown:
             raise ValueError(f"unknown objective settings {sorted(unknown)}; known: {[f.name for f in fields(cls)]}")
         base = {
-            "stage1": cls(alignment_weight=0.5, ce_on_latent_slots=True),
-            "stage2": cls(distillation_weight=1.0),
+            "stage1": cls(alignment_weight=PUBLISHED_ALIGNMENT, ce_on_latent_slots=True),
+            "stage2": cls(distillation_weight=1.0, alignment_weight=PUBLISHED_ALIGNMENT if keep_alignment else None),
+            "filler_aligned": cls(alignment_weight=PUBLISHED_ALIGNMENT),
         }.get(stage, cls())
+        if keep_alignment and stage != "stage2":
+            raise ValueError(f"keep_alignment: an option of stage 2, got stage {stage!r}")
         return replace(base, **overrides)
 
 

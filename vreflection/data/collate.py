@@ -1,6 +1,6 @@
-"""Batches of encoded samples: padded text rows, packed images, and boxes that know their row and image.
+"""Batches of encoded samples: padded or packed text rows, packed images, and boxes that know their row and image.
 
-Shape legend: B rows, L longest row, I images of the batch, T visual tokens, P patches, n boxes.
+Shape legend: B rows, L longest row (or the whole pack), I images of the batch, T visual tokens, P patches, n boxes.
 """
 
 from collections.abc import Sequence
@@ -65,6 +65,40 @@ class Collator:
             start = longest - length if self.padding_side == "left" else 0
             target[..., start : start + length] = row
         return padded
+
+
+class PackedCollator:
+    """Put samples end to end into one row, without padding; `cu_seqlens` says where each begins.
+
+    Args:
+        keep_sources: also return `sources`, a list of `file:row` strings (not an argument of `forward`).
+    """
+
+    def __init__(self, keep_sources: bool = False):
+        self.keep_sources = keep_sources
+
+    def __call__(self, samples: Sequence[EncodedSample]) -> dict[str, Any]:
+        """Collate.
+
+        Returns:
+            As `Collator`, for one row of L = the samples' total length, with `cu_seqlens` (samples + 1,) int32 in place
+            of `attention_mask`; `position_ids` restart with every sample, `box_sample` counts samples of the pack.
+        """
+        if not samples:
+            raise ValueError("expected at least one sample to collate, got none")
+        lengths = torch.tensor([0, *(len(s.input_ids) for s in samples)])
+        batch: dict[str, Any] = {
+            "input_ids": torch.cat([s.input_ids for s in samples])[None],
+            "cu_seqlens": lengths.cumsum(0).to(torch.int32),
+            "position_ids": torch.cat([s.position_ids for s in samples], dim=1)[:, None],
+            "labels": torch.cat([s.labels for s in samples])[None],
+            "mm_token_type_ids": torch.cat([s.mm_token_type_ids for s in samples])[None],
+            **_pack_images(samples),
+            **_pack_boxes(samples),
+        }
+        if self.keep_sources:
+            batch["sources"] = [s.source for s in samples]
+        return batch
 
 
 def _pack_images(samples: Sequence[EncodedSample]) -> dict[str, Tensor]:

@@ -25,12 +25,17 @@ class StageTraits:
     slot_style: str
     slot_input: str
 
+    @property
+    def trains_teacher(self) -> bool:
+        return self.teacher and not self.student
+
 
 STAGES: dict[str, StageTraits] = {
     "base": StageTraits(False, False, "none", "none"),
     "sft": StageTraits(False, False, "none", "none"),
     "boundary": StageTraits(False, False, "boundary", "none"),
     "filler": StageTraits(False, False, "filler", "embedding"),
+    "filler_aligned": StageTraits(True, False, "filler", "embedding"),
     "stage1": StageTraits(True, False, "latent", "latents"),
     "stage2": StageTraits(True, True, "latent", "latents"),
 }

@@ -29,6 +29,12 @@ class BatchLayout:
     boxes: np.ndarray  # (B, 4)
     box_sample: np.ndarray  # (B,)
     box_image: np.ndarray  # (B,)
+    sequence_lengths: tuple[int, ...] | None = None  # of a packed row
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Supervised positions and boxes: what the losses are means over."""
+        return len(self.targets_S), len(self.boxes)
 
     @classmethod
     def from_batch(
@@ -69,7 +75,7 @@ class BatchLayout:
         boxes = host_array(boxes if boxes is not None else [], "boxes", (4,), np.float64)
         box_sample = host_array(box_sample if box_sample is not None else [], "box_sample", (), np.int64)
         box_image = host_array(box_image if box_image is not None else [], "box_image", (), np.int64)
-        if config.traits.slot_input == "latents" and not decoding:
+        if config.traits.teacher and not decoding:
             match_spans_to_boxes(slot_index, len(boxes), box_sample, box_image, starts)
             match_boxes_to_images(box_sample, box_image, token_grids, image_index, starts)
         unsupervised = None if ce_on_latent_slots else config.lvr_id
@@ -83,6 +89,7 @@ class BatchLayout:
             boxes=boxes,
             box_sample=box_sample,
             box_image=box_image,
+            sequence_lengths=None if cu_seqlens is None else tuple(np.diff([*starts, ids.size]).tolist()),
         )
 
 

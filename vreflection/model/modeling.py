@@ -26,6 +26,7 @@ from .checkpoint import CheckpointMixin
 from .config import STAGES, VReflectionConfig
 from .generation import LatentGenerationMixin
 from .layout import BatchLayout
+from .packed_attention import PACKED_ATTENTION
 
 
 @dataclass
@@ -139,11 +140,11 @@ class VReflectionForConditionalGeneration(CheckpointMixin, LatentGenerationMixin
         return model.train(base.training)
 
     def freeze_for_stage(self) -> None:
-        """Set `requires_grad`: vision and merger never; the teacher in stage 1 only; the student in stage 2."""
+        """Set `requires_grad`: vision and merger never; the teacher until stage 2; the student in stage 2."""
         self.requires_grad_(True)
         self.model.visual.requires_grad_(False)
         if self.config.traits.teacher:
-            self.box_feature_resampler.requires_grad_(self.config.stage == "stage1")
+            self.box_feature_resampler.requires_grad_(self.config.traits.trains_teacher)
 
     def visual_tokens(self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor) -> torch.Tensor:
         """Packed visual tokens `(T, D)` of all images; without gradient while the vision tower is frozen."""
@@ -166,10 +167,10 @@ class VReflectionForConditionalGeneration(CheckpointMixin, LatentGenerationMixin
         return flat.index_copy(0, layout.image_index_T, tokens_TD.to(flat.dtype)).view_as(embeds)
 
     def teacher_view(self, tokens_TD: torch.Tensor, layout: BatchLayout) -> TeacherView:
-        """Box-Guided Compression of the batch's boxes; gradient only in stage 1."""
+        """Box-Guided Compression of the batch's boxes; gradient only where the stage trains it."""
         module = self.box_feature_resampler
         plan = module.plan(tokens_TD, layout.grids, layout.boxes, layout.box_image)
-        with torch.set_grad_enabled(self.config.stage == "stage1" and torch.is_grad_enabled()):
+        with torch.set_grad_enabled(self.config.traits.trains_teacher and torch.is_grad_enabled()):
             latents, maps = module.resample(module.queries[0], tokens_TD, plan)
         return TeacherView(latents, maps, plan)
 
@@ -191,6 +192,7 @@ class VReflectionForConditionalGeneration(CheckpointMixin, LatentGenerationMixin
         slot_inputs: torch.Tensor | None = None,
         free_running: torch.Tensor | None = None,
         alignment_step: int = 0,
+        loss_shares: torch.Tensor | None = None,
         all_logits: bool = False,
         **kwargs,
     ):
@@ -207,6 +209,8 @@ class VReflectionForConditionalGeneration(CheckpointMixin, LatentGenerationMixin
             layout: the host-side check of all of the above, if already made.
             slot_inputs: `(B, Q, D)` states to feed to the slots where `free_running` `(B,)` is True.
             alignment_step: step number for `alignment = stochastic`.
+            loss_shares: `(2,)`, what this batch's mean over supervised positions and its means over boxes count for in
+                `loss`, so that a step of several batches weighs every token alike; the parts in `losses` stay means.
 
         Returns:
             `VReflectionOutput`.
@@ -229,20 +233,30 @@ class VReflectionForConditionalGeneration(CheckpointMixin, LatentGenerationMixin
         tokens = self.batch_tokens(pixel_values, image_features, image_grid_thw)
         embeds = self.embed(input_ids, tokens, layout)
         teacher = None
-        if self.config.traits.slot_input == "latents" and tokens is not None and len(layout.boxes):
+        if self.config.traits.teacher and tokens is not None and len(layout.boxes):
             teacher = self.teacher_view(tokens, layout)
-            embeds = fill_slots(embeds, teacher.latents_BQD.detach(), layout, slot_inputs, free_running)
+            if self.config.traits.slot_input == "latents":
+                embeds = fill_slots(embeds, teacher.latents_BQD.detach(), layout, slot_inputs, free_running)
         position_ids = self.positions(
             input_ids, position_ids, mm_token_type_ids, image_grid_thw, attention_mask, cu_seqlens
         )
         hidden = self.model.language_model(
             inputs_embeds=embeds,
-            attention_mask=attention_mask if cu_seqlens is None else None,
             position_ids=position_ids,
             use_cache=False,
+            **self.sequence_bounds(attention_mask, layout),
             **kwargs,
         ).last_hidden_state
-        return self.losses(hidden, tokens, teacher, layout, labels is not None, alignment_step, all_logits)
+        return self.losses(hidden, tokens, teacher, layout, labels is not None, alignment_step, loss_shares, all_logits)
+
+    def sequence_bounds(self, attention_mask, layout: BatchLayout) -> dict:
+        """How the language model's attention learns which positions belong together."""
+        if layout.sequence_lengths is None:
+            return {"attention_mask": attention_mask}
+        if self.config.get_text_config()._attn_implementation == PACKED_ATTENTION:
+            # A mapping is taken as it is: no mask of the whole row is made.
+            return {"attention_mask": {"full_attention": None}, "sequence_lengths": layout.sequence_lengths}
+        return {"attention_mask": None}
 
     def batch_tokens(self, pixel_values, image_features, image_grid_thw) -> torch.Tensor | None:
         if image_features is not None:
@@ -284,24 +298,27 @@ class VReflectionForConditionalGeneration(CheckpointMixin, LatentGenerationMixin
         start = bounds[torch.searchsorted(bounds, flat, right=True) - 1]
         return torch.cat([(flat - start).view(1, 1, -1).to(position_ids.dtype), position_ids])
 
-    def losses(self, hidden, tokens, teacher, layout, supervised, alignment_step, all_logits) -> VReflectionOutput:
+    def losses(
+        self, hidden, tokens, teacher, layout, supervised, alignment_step, loss_shares, all_logits
+    ) -> VReflectionOutput:
         """Loss parts and their weighted sum; see `LatentObjective`."""
         flat, objective = hidden.flatten(0, 1), self.objective
+        token_share, box_share = (1.0, 1.0) if loss_shares is None else loss_shares.unbind()
         logits = self.lm_head(flat.index_select(0, layout.supervised_index_S))
         output = VReflectionOutput(logits=logits, last_hidden_state=hidden)
         if supervised:
             parts = {"cross_entropy": supervised_cross_entropy(logits, layout.targets_S)}
-            total = parts["cross_entropy"]
+            total = token_share * parts["cross_entropy"]
             if teacher is not None:
                 output.teacher_latents = teacher.latents_BQD
             if objective.alignment_weight is not None and self.config.traits.teacher:
                 parts["latent_alignment"] = self.alignment_loss(flat, teacher, layout, alignment_step)
-                total = total + objective.alignment_weight * parts["latent_alignment"]
+                total = total + box_share * (objective.alignment_weight * parts["latent_alignment"])
             if objective.distillation_weight is not None and self.config.traits.student:
                 parts |= self.distillation_losses(flat, tokens, teacher, layout, output)
                 weighted = parts["latent_mse"] + objective.attention_kl_weight * parts["attention_kl"]
-                total = total + objective.distillation_weight * weighted
-            output.loss, output.losses = total, parts
+                total = total + box_share * (objective.distillation_weight * weighted)
+            output.loss, output.losses = total + self.unused_parameters(flat, teacher), parts
         if all_logits:
             output.logits = self.lm_head(hidden)
         return output
@@ -313,6 +330,16 @@ class VReflectionForConditionalGeneration(CheckpointMixin, LatentGenerationMixin
         hidden_BQD = flat_hidden[layout.slot_index_BQ + objective.alignment_offset]
         llm_side = stochastic_side(objective.alignment_seed, step, objective.stochastic_probability)
         return latent_alignment(hidden_BQD, teacher.latents_BQD, objective.alignment, llm_side)
+
+    def unused_parameters(self, flat_hidden, teacher: TeacherView | None) -> torch.Tensor | float:
+        """A connected zero where this step's losses leave the trainable teacher out: every rank reduces alike."""
+        objective = self.objective
+        if not self.config.traits.trains_teacher:
+            return 0.0
+        one_sided = objective.alignment in ("llm_only", "stochastic")
+        if teacher is not None and objective.alignment_weight is not None and not one_sided:
+            return 0.0
+        return connected_zero(flat_hidden[:0], self.box_feature_resampler)
 
     def distillation_losses(self, flat_hidden, tokens, teacher, layout, output) -> dict[str, torch.Tensor]:
         if teacher is None:
