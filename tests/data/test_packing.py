@@ -41,15 +41,27 @@ def plan(count=500, **kwargs):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_each_epoch_holds_every_sample_once_up_to_what_is_carried_over(packed):
+def test_each_epoch_holds_every_sample_once(packed):
     lengths = public_lengths(500) if packed else None
     made = plan(budget=16384 if packed else None, lengths=lengths, batch_size=7)
     seen, batches = Counter(), made.batches()
     while sum(seen.values()) < 5 * 500:
         seen.update(next(batches)[1])
     assert set(seen) == set(made.indices.tolist())
-    # In the middle of an epoch, with one pack carried over from the last.
-    assert max(seen.values()) - min(seen.values()) <= (2 if packed else 1)
+    assert max(seen.values()) - min(seen.values()) <= 1
+
+
+def test_samples_carried_from_window_to_window_come_in_the_same_epoch(monkeypatch):
+    monkeypatch.setattr("vreflection.data.packing.WINDOW", 64)
+    lengths = public_lengths(500)
+    made = plan(budget=16384, lengths=lengths)
+    epochs = {}
+    for epoch, batch in made.batches():
+        if epoch > 3:
+            break
+        epochs.setdefault(epoch, []).extend(batch)
+    assert all(sorted(samples) == made.indices.tolist() for samples in epochs.values())
+    assert packing_report(made).packed > 0.93
 
 
 def test_shuffles_differ_by_epoch_and_seed_and_repeat_with_the_same_seed():

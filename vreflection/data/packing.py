@@ -70,7 +70,7 @@ class BatchPlan:
     def __post_init__(self):
         if not len(self.indices):
             raise ConfigError(
-                "expected at least one usable sample to plan batches, got none; run `vreflection data check`"
+                "expected at least one usable sample, got none; `vreflection data check` says why for each"
             )
         if self.budget is None:
             return
@@ -79,8 +79,8 @@ class BatchPlan:
         longest = int(self.lengths.max())
         if longest > self.budget:
             raise ConfigError(
-                f"data.pack_tokens: expected at least the longest sample, {longest} tokens, got {self.budget}; raise it, "
-                "or lower data.max_length so that such samples are left out"
+                f"data.pack_tokens: expected at least the longest sample, {longest} tokens, got {self.budget}; "
+                "raise it, or lower data.max_length so that such samples are left out"
             )
 
     def batches(self) -> Iterator[tuple[float, list[int]]]:
@@ -102,17 +102,17 @@ class BatchPlan:
 
     def _packed(self) -> Iterator[tuple[float, list[int]]]:
         assert self.budget is not None and self.lengths is not None
-        carried: list[int] = []
         epoch = 0
         while True:
+            carried: list[int] = []
             order = self._shuffled(epoch)
             for start in range(0, len(order), WINDOW):
                 window = carried + order[start : start + WINDOW].tolist()
                 packs = best_fit(self.lengths[window], self.budget)
                 fill = [int(self.lengths[[window[item] for item in pack]].sum()) for pack in packs]
                 carried = []
-                # The emptiest pack waits for the next window, so that nothing but the very last pack is under-filled.
-                if len(packs) > 1:
+                # The emptiest pack waits for the next window, so that only an epoch's last pack is under-filled.
+                if start + WINDOW < len(order):
                     emptiest = int(np.argmin(fill))
                     carried = [window[item] for item in packs.pop(emptiest)]
                 shuffle = np.random.default_rng((self.seed, epoch, start)).permutation(len(packs))
