@@ -30,6 +30,23 @@ BAD_ROWS = {
     "turn without value": ({"conversations": [{"from": "human"}]}, "conversation-type", "human"),
     "turn of a robot": ({"conversations": [{"from": "robot", "value": "x"}]}, "conversation-type", "robot"),
     "turn from a list": ({"conversations": [{"from": ["gpt"], "value": "x"}]}, "conversation-type", "gpt"),
+    "turn with half a character": (
+        {"conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "<lvr>\ud83d"}]},
+        "text-surrogate",
+        "position 5",
+    ),
+    "latent without image": (
+        {"image": ..., "conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "<lvr>"}]},
+        "missing-key",
+        "image",
+    ),
+    "box without image": (
+        {"image": [], "conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "no"}]},
+        "image-type",
+        "list []",
+    ),
+    "image null": ({"image": None}, "image-type", "NoneType None"),
+    "boxes null": ({"bboxes": None}, "box-shape", "NoneType None"),
     "no answer": ({"conversations": [{"from": "human", "value": "<image>?"}]}, "conversation-order", "['user']"),
     "reserved": (
         {"conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "<lvr><|lvr|>"}]},
@@ -79,13 +96,20 @@ def test_accepted_spellings(write_rows, image_folder, row):
         row(**{**TWO_IMAGES, "image": [["notes/a.png"], ["notes/b.png"]]}, box_images=[1, 1]),
         row(conversations=[{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "no box"}], bboxes=[]),
     ]
+    talk = [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]
+    look = [{"from": "human", "value": "<image>Why?"}, {"from": "gpt", "value": "So."}]
+    rows += [
+        row(conversations=talk, image=image, bboxes=boxes) for image in (..., None, []) for boxes in (..., None, [])
+    ]
+    rows += [row(conversations=look, bboxes=boxes) for boxes in (..., None, [])]
     path = write_rows(rows)
     samples, report = read_visual_cot(path, image_folder, on_error="raise", dataset="fallback")
     assert report.kept == len(rows) and report.clamped == 1
     assert samples[3].dataset == "fallback" and samples[3].question_id == f"{path}:4"
     assert samples[4].boxes.tolist() == [[0, 0.2, 0.6, 1]]
     assert samples[5].box_images.tolist() == [1, 0] and samples[6].box_images.tolist() == [1, 1]
-    assert samples[7].boxes.shape == (0, 4)
+    assert [len(sample.image_paths) for sample in samples[7:]] == [1, *[0] * 9, *[1] * 3]
+    assert all(sample.boxes.shape == (0, 4) and sample.box_images.shape == (0,) for sample in samples[7:])
 
 
 @pytest.mark.parametrize("kind", BAD_ROWS)

@@ -1,0 +1,221 @@
+"""Rows of a data file as a sequence that reads and checks each row when it is asked for.
+
+Opening costs an index (`row_index`), not a parse: any number of processes can hold the same file of any size.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+
+from vreflection.data.json_list import MAX_ROW_BYTES
+from vreflection.data.row_index import Fingerprint, RowIndex, load_index
+from vreflection.data.row_schema import Sample, describe, parse_row
+from vreflection.errors import DataError
+
+
+def open_rows(
+    path: str | Path,
+    image_folder: str | Path | None = None,
+    dataset: str = "",
+    index_folder: str | Path | None = None,
+) -> "Rows":
+    """Open a data file.
+
+    Args:
+        path: `.jsonl` (one row per line), `.parquet`, or a JSON list of rows or of meta entries `{ds_name, data_path,
+            image_folder, ds_type}`; a meta file stands for its files end to end. Relative paths in meta entries start
+            at the meta file's folder.
+        image_folder: root of the images; needed for rows, overrides the entries' own for a meta file.
+        dataset: name for rows that carry no `dataset` key (a meta entry's `ds_name` is used there).
+        index_folder: where to keep the row index instead of beside the data file.
+
+    Raises:
+        ValueError: no `image_folder` for a file of rows.
+        DataError: a reason that starts with `file-`, for files that cannot be used at all. A bad row or meta entry
+            raises when it is read.
+    """
+    return Rows(path, image_folder, dataset, index_folder)
+
+
+class Rows(Sequence[Sample]):
+    """A lazily read sequence of checked rows; see `open_rows`.
+
+    `rows[i]` raises `DataError` for a bad row, with its `file:row`. Pickles as its settings: a worker process opens
+    the files again, and refuses them with `file-changed` if they are no longer the ones that were opened here.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        image_folder: str | Path | None = None,
+        dataset: str = "",
+        index_folder: str | Path | None = None,
+    ):
+        self.path = Path(path)
+        self._settings = (str(path), image_folder, dataset, index_folder)
+        self._parts = list(_open_parts(self.path, image_folder, dataset, index_folder, ()))
+        self._ends = np.cumsum([len(part) for part in self._parts], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Sample]: ...
+
+    def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
+        if isinstance(index, slice):
+            return [self.parse(i)[0] for i in range(*index.indices(len(self)))]
+        return self.parse(index)[0]
+
+    def parse(self, index: int) -> tuple[Sample, int]:
+        """The sample, and how many of its boxes were clamped.
+
+        Raises:
+            DataError: the first thing wrong with the row.
+        """
+        part, local = self._locate(index)
+        return part.parse(local)
+
+    def source(self, index: int) -> str:
+        """`file:row` of a row, without reading it."""
+        part, local = self._locate(index)
+        return part.source(local)
+
+    @property
+    def versions(self) -> dict[str, Fingerprint]:
+        """The data files behind the rows, and which version of each was opened."""
+        return {str(part.path): part.index.of for part in self._parts if isinstance(part, _FileRows)}
+
+    def _locate(self, index: int) -> tuple["_FileRows | _BadEntry", int]:
+        place = index + len(self) if index < 0 else index
+        if not 0 <= place < len(self):
+            raise IndexError(f"expected a row index below {len(self)}, got {index}")
+        number = int(np.searchsorted(self._ends, place, side="right"))
+        part = self._parts[number]
+        return part, place - (int(self._ends[number]) - len(part))
+
+    def __reduce__(self):
+        return _open_again, (self._settings, self.versions)
+
+
+def _open_again(settings: tuple[Any, ...], versions: dict[str, Fingerprint]) -> Rows:
+    rows = Rows(*settings)
+    for path, version in rows.versions.items():
+        if versions.get(path) != version:
+            raise _changed(path)
+    return rows
+
+
+@dataclass(frozen=True)
+class _BadEntry:
+    """A meta entry that names no usable file: one row that cannot be read."""
+
+    error: DataError
+
+    def __len__(self) -> int:
+        return 1
+
+    def source(self, local: int) -> str:
+        return self.error.source or ""
+
+    def parse(self, local: int) -> tuple[Sample, int]:
+        raise DataError(self.error.reason, self.error.message, self.error.source)
+
+
+class _FileRows:
+    """The rows of one file."""
+
+    def __init__(self, path: Path, index: RowIndex, image_folder: str | Path, dataset: str):
+        self.path, self.index, self.image_folder, self.dataset = path, index, image_folder, dataset
+        self._file = open(index.text_path, "rb")  # noqa: SIM115 - as long as the rows
+
+    def __len__(self) -> int:
+        return len(self.index.spans_n3)
+
+    def source(self, local: int) -> str:
+        return f"{self.path}:{self.index.spans_n3[local, 2]}"
+
+    def parse(self, local: int) -> tuple[Sample, int]:
+        return parse_row(self.value(local), self.image_folder, self.source(local), self.dataset)
+
+    def value(self, local: int) -> Any:
+        """The row as decoded JSON."""
+        start, end, _ = self.index.spans_n3[local].tolist()
+        if end - start > MAX_ROW_BYTES:
+            got = f"{(end - start) / 2**20:.0f} MB"
+            raise DataError(
+                "row-too-large",
+                f"expected a row of at most {MAX_ROW_BYTES >> 20} MB, got {got}; remove the row",
+                self.source(local),
+            )
+        text = os.pread(self._file.fileno(), end - start, start)
+        if len(text) != end - start:
+            raise _changed(str(self.path))
+        try:
+            return json.loads(text.decode())
+        except (ValueError, RecursionError) as error:
+            if self.path.suffix != ".jsonl":  # parsed when it was indexed
+                raise _changed(str(self.path)) from None
+            raise DataError(
+                "row-not-json",
+                f"expected one JSON object per line, got {error}; fix or remove the row",
+                self.source(local),
+            ) from None
+
+
+def _open_parts(
+    path: Path,
+    image_folder: str | Path | None,
+    dataset: str,
+    index_folder: str | Path | None,
+    parents: tuple[Path, ...],
+) -> Iterator[_FileRows | _BadEntry]:
+    """The file's own rows, or those of the files that a meta file names."""
+    index = load_index(path, index_folder)
+    if not index.is_meta:
+        yield _FileRows(path, index, _need_folder(image_folder, path), dataset)
+        return
+    entries = _FileRows(path, index, "", "")
+    for local in range(len(entries)):
+        entry, source = entries.value(local), entries.source(local)
+        try:
+            _check_entry(entry, path, parents, source)
+        except DataError as error:
+            yield _BadEntry(error)
+            continue
+        folder = path.parent / entry["image_folder"] if image_folder is None else image_folder
+        lineage = (*parents, path.resolve())
+        yield from _open_parts(path.parent / entry["data_path"], folder, entry["ds_name"], index_folder, lineage)
+
+
+def _check_entry(entry: Any, path: Path, parents: tuple[Path, ...], source: str) -> None:
+    wanted = ("ds_name", "data_path", "image_folder")
+    if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in wanted):
+        raise DataError(
+            "meta-entry",
+            f"expected an object with text {', '.join(wanted)}, got {describe(entry)}; fix the entry",
+            source,
+        )
+    if (path.parent / entry["data_path"]).resolve() in (path.resolve(), *parents):
+        got = f"a meta file ({entry['data_path']}) that leads back here"
+        raise DataError("meta-entry", f"expected a data file, got {got}; fix the entry", source)
+
+
+def _need_folder(image_folder: str | Path | None, path: Path) -> str | Path:
+    if image_folder is None:
+        raise ValueError(f"expected image_folder for the rows of {path}, got None; only meta files carry their own")
+    if not Path(image_folder).is_dir():
+        raise DataError("file-missing", f"expected a folder of images at {image_folder}, got none; check it", str(path))
+    return image_folder
+
+
+def _changed(path: str) -> DataError:
+    return DataError("file-changed", "expected the file that was opened, got another version of it; start again", path)
