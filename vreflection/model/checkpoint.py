@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
+import secrets
 import shutil
 import struct
-import tempfile
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from ..errors import CheckpointError
-from .config import STAGES, VReflectionConfig
+from .config import STAGES, StageTraits, VReflectionConfig
 
 # Released checkpoints predate the host library's current module names.
 KEY_MAPPING = {
@@ -23,6 +25,31 @@ KEY_MAPPING = {
 }
 TEACHER_PREFIX, STUDENT_PREFIX = "box_feature_resampler.", "student_resampler."
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+# What a latent checkpoint is once its two modules are left out: it decodes with latents and trains no further stage.
+DECODE_STAGE = "decode"
+STAGES.setdefault(DECODE_STAGE, StageTraits(False, False, "latent", "latents"))
+LATENT_TOKEN_OF = {
+    "lvr_start_id": "<|lvr_start|>",
+    "lvr_id": "<|lvr|>",
+    "lvr_latent_end_id": "<|lvr_latent_end|>",
+    "lvr_end_id": "<|lvr_end|>",
+}
+DTYPE_BYTES = {
+    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "BF16": 2, "F16": 2, "I16": 2, "U16": 2,
+    "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor's bytes lie: `size` bytes from `start` in `file`, of safetensors' `dtype`."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    size: int
 
 
 def current_name(name: str) -> str:
@@ -32,51 +59,83 @@ def current_name(name: str) -> str:
     return name
 
 
-def read_header(path: Path) -> dict[str, tuple[int, ...]]:
-    """Tensor shapes of a safetensors file without reading its data."""
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file, without reading their data."""
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > path.stat().st_size - 8:
                 raise ValueError(f"header of {length} bytes in a file of {path.stat().st_size}")
             header = json.loads(file.read(length))
-        end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-        if path.stat().st_size < 8 + length + end:
-            raise ValueError(f"{8 + length + end} bytes expected, {path.stat().st_size} found: the file was cut short")
+        found = {}
+        for name, entry in header.items():
+            if name != "__metadata__":
+                (start, stop), shape, dtype = entry["data_offsets"], tuple(entry["shape"]), entry["dtype"]
+                if not 0 <= start <= stop or stop - start != math.prod(shape) * DTYPE_BYTES[dtype]:
+                    raise ValueError(f"{name}: {stop - start} bytes for {dtype} of shape {shape}")
+                found[name] = StoredTensor(path, dtype, shape, 8 + length + start, stop - start)
+        end = max((tensor.start + tensor.size for tensor in found.values()), default=0)
+        if path.stat().st_size < end:
+            raise ValueError(f"{end} bytes expected, {path.stat().st_size} found: the file was cut short")
     except (ValueError, struct.error, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: not a whole safetensors file ({error}); copy or save it again") from error
-    return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+    return found
 
 
-def checkpoint_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of every tensor in a checkpoint folder, under today's names.
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files a checkpoint consists of, in the host library's order of preference.
 
     Raises:
-        CheckpointError: no safetensors (pickle files are refused), a shard is missing or damaged.
+        CheckpointError: there are none (pickle files are refused), or the index is unusable or names missing shards.
     """
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX_FILE
+    if (folder / SINGLE_FILE).exists():
+        return [folder / SINGLE_FILE]
     if index.exists():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            if any(name != Path(name).name for name in names):
+                raise ValueError(f"expected file names without folders, got {names}")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{index}: not a usable index ({error}); copy or save it again") from error
         missing = [name for name in names if not (folder / name).exists()]
         if missing:
             raise CheckpointError(f"{folder}: shards {missing} named in {index.name} are missing; copy them there")
-    else:
-        names = [path.name for path in sorted(folder.glob("*.safetensors"))]
-    if not names:
-        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLE_SUFFIXES)
-        if pickles:
-            raise CheckpointError(
-                f"{folder}: expected *.safetensors, got pickle files {pickles}, which can run code when opened; "
-                "convert them to safetensors where you trust them"
-            )
-        raise CheckpointError(f"{folder}: expected model weights (*.safetensors), found none")
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name in names:
-        shapes |= {current_name(key): shape for key, shape in read_header(folder / name).items()}
-    return shapes
+        return [folder / name for name in names]
+    found = sorted(folder.glob("*.safetensors"))
+    if found:
+        return found
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLE_SUFFIXES)
+    if pickles:
+        raise CheckpointError(
+            f"{folder}: expected *.safetensors, got pickle files {pickles}, which can run code when opened; "
+            "convert them to safetensors where you trust them"
+        )
+    raise CheckpointError(f"{folder}: expected model weights (*.safetensors), found none")
+
+
+def checkpoint_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor in a checkpoint folder, under today's names.
+
+    Raises:
+        CheckpointError: as `weight_files`; a shard is damaged, or two of its tensors are one by today's names.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for path in weight_files(folder):
+        for stored_name, tensor in read_header(path).items():
+            name = current_name(stored_name)
+            if name in tensors:
+                raise CheckpointError(
+                    f"{folder}: {name} is stored twice, in {tensors[name].file.name} and in {path.name} (there as "
+                    f"{stored_name}); remove the file that does not belong to this checkpoint"
+                )
+            tensors[name] = tensor
+    return tensors
+
+
+def checkpoint_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of every tensor in a checkpoint folder, under today's names; raises as `checkpoint_tensors`."""
+    return {name: tensor.shape for name, tensor in checkpoint_tensors(folder).items()}
 
 
 def detect_stage(shapes: dict[str, tuple[int, ...]]) -> str:
@@ -119,16 +178,31 @@ def local_folder(path: str | os.PathLike, revision: str | None = None) -> Path:
     return Path(snapshot_download(str(path), revision=revision, allow_patterns=patterns))
 
 
-def load_config(folder: Path, shapes: dict[str, tuple[int, ...]]) -> VReflectionConfig:
-    file = folder / "config.json"
-    if not file.exists():
-        raise CheckpointError(f"{folder}: expected config.json, found none")
+def read_json(file: Path) -> dict:
+    """A JSON object."""
     try:
-        values = json.loads(file.read_text())
+        values = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{file}: not valid JSON ({error})") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{file}: expected an object, got {type(values).__name__}")
+    return values
+
+
+def load_config(folder: Path, shapes: dict[str, tuple[int, ...]], tokenizer: Path | None = None) -> VReflectionConfig:
+    """The configuration of a checkpoint; what it leaves out is read from the tensors and the tokenizer files.
+
+    Args:
+        shapes: of its tensors, under today's names. tokenizer: folder of the tokenizer files; default `folder`.
+
+    Raises:
+        CheckpointError: no usable `config.json`, another model type, another stage than the tensors show, or ids of
+            latent tokens that are nowhere to be found.
+    """
+    file = folder / "config.json"
+    if not file.exists():
+        raise CheckpointError(f"{folder}: expected config.json, found none")
+    values = read_json(file)
     if values.get("model_type") != VReflectionConfig.model_type:
         raise CheckpointError(
             f"{file}: expected model_type {VReflectionConfig.model_type!r}, got {values.get('model_type')!r}"
@@ -142,7 +216,47 @@ def load_config(folder: Path, shapes: dict[str, tuple[int, ...]]) -> VReflection
         raise CheckpointError(
             f"{folder}: config.json says stage {config.stage!r}, but the tensors are those of {shown!r}"
         )
+    queries = shapes.get(f"{TEACHER_PREFIX}queries", ())
+    if "num_latent_tokens" not in values and len(queries) == 3:
+        config.num_latent_tokens = queries[1]
+    if any(values.get(name) is None for name in LATENT_TOKEN_OF):
+        adopt_token_ids(config, tokenizer or folder, values)
     return config
+
+
+def adopt_token_ids(config: VReflectionConfig, folder: Path, values: dict) -> None:
+    """Fill in ids of latent tokens that `config.json` leaves out, from the tokenizer files beside it."""
+    known = added_tokens(folder)
+    missing = [name for name in LATENT_TOKEN_OF if values.get(name) is None]
+    absent = [LATENT_TOKEN_OF[name] for name in missing if LATENT_TOKEN_OF[name] not in known]
+    if not absent:
+        for name in missing:
+            setattr(config, name, known[LATENT_TOKEN_OF[name]])
+    elif config.traits.slot_style != "none":
+        raise CheckpointError(
+            f"{folder}: expected {missing} in config.json or the tokens {absent} in the tokenizer files, found "
+            "neither; add the ids, or the tokenizer saved with these weights"
+        )
+
+
+def added_tokens(folder: Path) -> dict[str, int]:
+    """Ids of the tokens added to a tokenizer's own vocabulary, read from its files; empty where there are none."""
+    found: dict[str, int] = {}
+    for name in ("added_tokens.json", "tokenizer_config.json", "tokenizer.json"):
+        if not (folder / name).exists():
+            continue
+        values = read_json(folder / name)
+        try:
+            if name == "added_tokens.json":
+                found |= {token: int(index) for token, index in values.items()}
+            elif name == "tokenizer_config.json":
+                decoder = values.get("added_tokens_decoder", {})
+                found |= {entry["content"]: int(index) for index, entry in decoder.items()}
+            else:
+                found |= {entry["content"]: int(entry["id"]) for entry in values.get("added_tokens", [])}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"{folder / name}: not a usable tokenizer file ({error!r}); copy it again") from error
+    return found
 
 
 class CheckpointMixin:
@@ -188,15 +302,22 @@ class CheckpointMixin:
 
 
 class StagedFolder:
-    """Write into a sibling folder, then move its files into place; on failure the target is untouched."""
+    """Write into a sibling folder, then move its files into place; on failure the target is untouched.
 
-    def __init__(self, target: Path):
-        self.target = target
+    Args:
+        target: the folder to fill. New or empty, it appears whole, by one rename; otherwise file by file, the
+            configuration last.
+        replaced: patterns of files in `target` that go if no new file takes their place.
+    """
+
+    def __init__(self, target: Path, replaced: tuple[str, ...] = ("model*.safetensors*",)):
+        self.target, self.replaced = target, replaced
 
     def __enter__(self) -> Path:
+        self.partial = self.target.parent / f".{self.target.name}.{secrets.token_hex(4)}"
         try:
             self.target.parent.mkdir(parents=True, exist_ok=True)
-            self.partial = Path(tempfile.mkdtemp(prefix=f".{self.target.name}.", dir=self.target.parent))
+            self.partial.mkdir()
         except OSError as error:
             raise CheckpointError(f"cannot write to {self.target.parent}: {error}") from error
         return self.partial
@@ -224,14 +345,28 @@ class StagedFolder:
     def publish(self) -> None:
         # Weights last but one, config last: a reader that sees the new config sees the new weights.
         files = sorted(self.partial.iterdir(), key=lambda p: (p.name == "config.json", p.suffix == ".safetensors"))
-        for file in files:
-            if file.is_file():
-                with file.open("rb") as handle:
-                    os.fsync(handle.fileno())
-        self.target.mkdir(parents=True, exist_ok=True)
-        stale = [p for p in self.target.glob("model*.safetensors*") if not (self.partial / p.name).exists()]
-        for file in files:
-            os.replace(file, self.target / file.name)
-        for file in stale:
-            file.unlink()
-        self.partial.rmdir()
+        for path in (*files, self.partial):
+            flush(path)
+        empty = self.target.is_dir() and not self.target.is_symlink() and not any(self.target.iterdir())
+        if empty or not os.path.lexists(self.target):
+            os.replace(self.partial, self.target)
+        else:
+            self.target.mkdir(exist_ok=True)  # a plain file of that name is refused here
+            kept = {path.name for path in files}
+            stale = [p for pattern in self.replaced for p in self.target.glob(pattern) if p.name not in kept]
+            for file in files:
+                os.replace(file, self.target / file.name)
+            for file in stale:
+                file.unlink(missing_ok=True)
+            self.partial.rmdir()
+            flush(self.target)
+        flush(self.target.parent)
+
+
+def flush(path: Path) -> None:
+    """Bring a file's data, or a folder's entries, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,5 +1,6 @@
 """Text and image preprocessing without torchvision: a tokenizer plus the host library's PIL image processor."""
 
+import inspect
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -51,8 +52,7 @@ class VReflectionProcessor:
     """
 
     def __init__(self, tokenizer: Any, image_processor: Any, token_ids: LatentTokenIds | None = None):
-        _add_latent_tokens(tokenizer)
-        found = _read_token_ids(tokenizer)
+        found = add_latent_tokens(tokenizer)
         if token_ids is not None and token_ids != found:
             raise CheckpointError(
                 f"expected the tokenizer to agree with the model config ({token_ids}), got {found}; "
@@ -80,17 +80,8 @@ class VReflectionProcessor:
         Raises:
             CheckpointError: files are missing or unusable.
         """
-        from transformers import AutoTokenizer
-
         image_processor = _load_image_processor(str(path), min_visual_tokens, max_visual_tokens)
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(str(path))
-        except (OSError, ValueError, ImportError) as error:  # ImportError: the loader's last resorts are not installed
-            raise CheckpointError(
-                f"expected tokenizer.json and tokenizer_config.json in {path}, got no tokenizer that loads "
-                f"({_first_line(error)}); copy the tokenizer files of the base model there"
-            ) from error
-        return cls(tokenizer, image_processor, token_ids)
+        return cls(load_tokenizer(path), image_processor, token_ids)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write tokenizer and image settings so that `from_pretrained(path, None, None)` gives the same processor."""
@@ -132,6 +123,19 @@ class VReflectionProcessor:
         features = self.image_processor.preprocess([to_rgb(image) for image in images], return_tensors="pt")
         return {"pixel_values": features["pixel_values"], "image_grid_thw": features["image_grid_thw"].long()}
 
+    def image_grid(self, width: int, height: int) -> tuple[int, int, int]:
+        """The `grid_thw` an image of this size (px) gets in `process_images`, without its pixels."""
+        smart_resize = inspect.getmodule(type(self.image_processor)).smart_resize  # pyright: ignore
+        size, patch = self.image_processor.size, self.image_processor.patch_size
+        rows, columns = smart_resize(
+            height,
+            width,
+            factor=patch * self.spatial_merge_size,
+            min_pixels=size["shortest_edge"],
+            max_pixels=size["longest_edge"],
+        )
+        return 1, rows // patch, columns // patch
+
     def __call__(
         self,
         images: ImageLike | Sequence[ImageLike | Sequence[ImageLike] | None] | None,
@@ -165,6 +169,34 @@ class VReflectionProcessor:
         """Text of one row of token ids."""
         values = [int(value) for value in ids]
         return self.tokenizer.decode(values, skip_special_tokens=skip_special_tokens)
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """A folder's tokenizer as it is; from `tokenizer.json`, or from `vocab.json` and `merges.txt`.
+
+    Raises:
+        CheckpointError: nothing there that loads.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(path))
+    except (OSError, ValueError, ImportError) as error:  # ImportError: the loader's last resorts are not installed
+        raise CheckpointError(
+            f"expected tokenizer.json and tokenizer_config.json in {path}, got no tokenizer that loads "
+            f"({_first_line(error)}); copy the tokenizer files of the base model there, or bring weights and tokenizer "
+            "together: vreflection convert --tokenizer-from <folder>"
+        ) from error
+
+
+def add_latent_tokens(tokenizer: Any) -> LatentTokenIds:
+    """Add the tokens of the latent span that a tokenizer lacks, in the contract's order; ids of all special tokens.
+
+    Raises:
+        CheckpointError: Qwen2.5-VL's own special tokens or a padding token are missing.
+    """
+    _add_latent_tokens(tokenizer)
+    return _read_token_ids(tokenizer)
 
 
 def _group_images(images: Any, count: int) -> list[list[ImageLike]]:
