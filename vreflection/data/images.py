@@ -4,6 +4,8 @@ Images are used as stored: EXIF orientation is not applied, because the public V
 pixels.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from PIL import Image, UnidentifiedImageError
@@ -47,7 +49,24 @@ def open_image(path: str | Path, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Im
         DataError: `image-missing`, `image-empty` (no bytes or zero size), `not-an-image`, `image-too-large`,
             `image-aspect`, or `image-corrupt` (broken or cut off).
     """
-    path = Path(path)
+    with _opened(Path(path), max_pixels) as image:
+        image.load()
+        return to_rgb(image)
+
+
+def image_size(path: str | Path, max_pixels: int = MAX_IMAGE_PIXELS) -> tuple[int, int]:
+    """Width and height (px) from an image file's header; no pixel is decoded.
+
+    Raises:
+        DataError: as `open_image`, as far as the header tells.
+    """
+    with _opened(Path(path), max_pixels) as image:
+        return image.size
+
+
+@contextmanager
+def _opened(path: Path, max_pixels: int) -> Iterator[Image.Image]:
+    """An image of allowed size, its pixels not yet read; whatever goes wrong inside is a `DataError`."""
     if not path.is_file():
         raise DataError("image-missing", f"expected an image file at {path}, got no such file; check the image folder")
     if path.stat().st_size == 0:
@@ -55,8 +74,7 @@ def open_image(path: str | Path, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Im
     try:
         with Image.open(path, formats=_FORMATS) as image:
             check_image_size(*image.size, name=str(path), max_pixels=max_pixels)
-            image.load()
-            return to_rgb(image)
+            yield image
     except DataError:
         raise
     except UnidentifiedImageError:

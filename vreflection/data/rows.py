@@ -12,8 +12,9 @@ from typing import Any, overload
 
 import numpy as np
 
+from vreflection.data.clean_index import CleanIndex, check_same_files, is_clean_index, read_clean_index
 from vreflection.data.json_list import MAX_ROW_BYTES
-from vreflection.data.row_index import Fingerprint, RowIndex, load_index
+from vreflection.data.row_index import Fingerprint, RowIndex, fingerprint, load_index
 from vreflection.data.row_schema import Sample, describe, parse_row
 from vreflection.errors import DataError
 
@@ -29,15 +30,18 @@ def open_rows(
     Args:
         path: `.jsonl` (one row per line), `.parquet`, or a JSON list of rows or of meta entries `{ds_name, data_path,
             image_folder, ds_type}`; a meta file stands for its files end to end. Relative paths in meta entries start
-            at the meta file's folder.
-        image_folder: root of the images; needed for rows, overrides the entries' own for a meta file.
-        dataset: name for rows that carry no `dataset` key (a meta entry's `ds_name` is used there).
+            at the meta file's folder. Or a clean index of such a file, as `vreflection data check` writes it.
+        image_folder: root of the images; needed for rows, overrides the entries' own for a meta file, and for a clean
+            index the one that was checked.
+        dataset: name for rows that carry no `dataset` key (a meta entry's `ds_name` is used there; a clean index
+            has its own).
         index_folder: where to keep the row index instead of beside the data file.
 
     Raises:
         ValueError: no `image_folder` for a file of rows.
         DataError: a reason that starts with `file-`, for files that cannot be used at all. A bad row or meta entry
             raises when it is read.
+            `file-changed` where the data file of a clean index is no longer the one that was checked.
     """
     return Rows(path, image_folder, dataset, index_folder)
 
@@ -58,10 +62,20 @@ class Rows(Sequence[Sample]):
     ):
         self.path = Path(path)
         self._settings = (str(path), image_folder, dataset, index_folder)
-        self._parts = list(_open_parts(self.path, image_folder, dataset, index_folder, ()))
+        data = self.path
+        self._clean: CleanIndex | None = None
+        if is_clean_index(path):
+            self._clean, self._clean_version = read_clean_index(path), fingerprint(path)
+            data, dataset = self._clean.data, self._clean.dataset
+            image_folder = self._clean.image_folder if image_folder is None else image_folder
+        self._parts = list(_open_parts(data, image_folder, dataset, index_folder, ()))
         self._ends = np.cumsum([len(part) for part in self._parts], dtype=np.int64)
+        if self._clean is not None:
+            check_same_files(self._clean, self.path, self._data_versions())
 
     def __len__(self) -> int:
+        if self._clean is not None:
+            return len(self._clean.chosen_n)
         return int(self._ends[-1]) if len(self._ends) else 0
 
     @overload
@@ -89,15 +103,35 @@ class Rows(Sequence[Sample]):
         part, local = self._locate(index)
         return part.source(local)
 
+    def image_sizes(self, index: int) -> list[tuple[int, int]] | None:
+        """Width and height (px) of a row's images without opening them; None without a clean index."""
+        if self._clean is None:
+            return None
+        place = self._place(index)
+        start = int(self._clean.image_ends_n[place - 1]) if place else 0
+        return [
+            (width, height) for width, height in self._clean.sizes_m2[start : self._clean.image_ends_n[place]].tolist()
+        ]
+
     @property
     def versions(self) -> dict[str, Fingerprint]:
-        """The data files behind the rows, and which version of each was opened."""
+        """The files behind the rows (a clean index first), and which version of each was opened."""
+        own = {} if self._clean is None else {str(self.path): self._clean_version}
+        return {**own, **self._data_versions()}
+
+    def _data_versions(self) -> dict[str, Fingerprint]:
         return {str(part.path): part.index.of for part in self._parts if isinstance(part, _FileRows)}
 
-    def _locate(self, index: int) -> tuple["_FileRows | _BadEntry", int]:
+    def _place(self, index: int) -> int:
         place = index + len(self) if index < 0 else index
         if not 0 <= place < len(self):
             raise IndexError(f"expected a row index below {len(self)}, got {index}")
+        return place
+
+    def _locate(self, index: int) -> tuple["_FileRows | _BadEntry", int]:
+        place = self._place(index)
+        if self._clean is not None:
+            place = int(self._clean.chosen_n[place])
         number = int(np.searchsorted(self._ends, place, side="right"))
         part = self._parts[number]
         return part, place - (int(self._ends[number]) - len(part))
