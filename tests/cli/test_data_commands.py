@@ -89,3 +89,21 @@ def test_an_interrupt_leaves_nothing_half_written(run, workplace, monkeypatch):
     monkeypatch.setattr("vreflection.data.atomic.os.replace", interrupt)
     run("check", "--data", "rows.json", "--image-folder", "images")
     assert sorted(workplace.iterdir()) == before
+
+
+def test_convert_gives_rows_that_pass_the_check(run, workplace):
+    flat = [
+        {"image": "a.png", "bbox": [0, 0, 20, 15], "width": 40, "height": 30, "expression": "a corner"},
+        {"image": "a.png", "bbox": [0, 0, 20, 0], "width": 40, "height": 30, "expression": "a line"},
+    ]
+    (workplace / "flat.json").write_text(json.dumps(flat))
+    out = workplace / "rows.jsonl"
+    arguments = ("convert", "--from", "refcoco", "--annotations", workplace / "flat.json", "--out", out)
+    done = run(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("1 rows written, 1 annotations left out\n  zero-area: 1 (annotation 2)\n")
+    assert json.loads((workplace / "rows.jsonl.report.json").read_text())["left_out"] == {"zero-area": ["2"]}
+    assert run("check", "--data", out, "--image-folder", workplace / "images", "--strict").returncode == 0
+    assert json.loads(run(*arguments, "--json", "--question-template", "Say {name}.").stdout)["rows"] == 1
+    assert open_rows(out, workplace / "images")[0].conversations[0].text == "<image>\nSay a corner."
+    assert "expected one of coco, refcoco, got 'voc'" in run(*arguments, "--from", "voc").stderr
