@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from vreflection.training.memory_plan import (
     GIB,
     Plan,
     all_parameters,
+    describe,
     format_plan,
     memory_row,
     plan_of,
@@ -280,3 +282,25 @@ def test_the_table_says_what_it_holds():
 def test_planning_loads_no_torch():
     code = "import sys, vreflection.training.memory_plan as m; m.plan_table('7b'); assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
+def documented_lines():
+    """The 7B table of docs/memory.md, as the plan has it."""
+    for row in plan_table("7b", gpus=("A100", "H100", "B200")):
+        parts = row.parts
+        held = [parts[name] for name in ("weights", "gradients", "optimizer")]
+        besides = parts["weight copies"] + parts["communication"]
+        cells = [*held, besides, parts["activations"], parts["logits"], row.total]
+        fits = f"{min(row.fits)}" if row.fits else "none"
+        seconds = " / ".join(f"{time.seconds:.1f}" for time in row.times.values())
+        yield (
+            f"| {describe(row.plan)} | "
+            + " | ".join(f"{cell / GIB:.1f}" for cell in cells)
+            + f" | {fits} | {seconds} |"
+        )
+
+
+def test_the_documented_table_is_the_plan():
+    text = (Path(__file__).parents[2] / "docs" / "memory.md").read_text()
+    for line in documented_lines():
+        assert line in text.splitlines(), f"docs/memory.md: expected the row {line}"
