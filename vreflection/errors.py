@@ -21,3 +21,7 @@ class DataError(ValueError):
 
 class CheckpointError(ValueError):
     """A checkpoint is of the wrong stage or format, or lacks or mis-shapes tensors."""
+
+
+class TrainingError(RuntimeError):
+    """A run that had to end: what was saved is kept, and the message says how to go on."""

@@ -8,9 +8,10 @@ import pytest
 from PIL import Image
 
 from vreflection.errors import CheckpointError, ConfigError, DataError
-from vreflection.training.config import TrainSettings, build
+from vreflection.training.arguments import training_arguments
 from vreflection.training.run import run_training
-from vreflection.training.trainer import training_arguments
+from vreflection.training.settings import TrainSettings
+from vreflection.training.values import build
 
 
 @pytest.fixture
@@ -52,13 +53,15 @@ def settings(tiny, tmp_path):
     return make
 
 
-def test_unusable_samples_are_dropped_named_and_counted_not_fatal(settings, caplog):
+def test_unusable_samples_are_dropped_named_and_counted_not_fatal(settings, caplog, tmp_path):
     with caplog.at_level(logging.WARNING, logger="vreflection"):
         result = run_training(settings())
     assert result.report is not None and result.report.kept == 2 and result.report.num_dropped == 2
     assert sorted(source.rsplit(":", 1)[1] for rows in result.report.dropped.values() for source in rows) == ["2", "3"]
-    messages = [record.getMessage() for record in caplog.records if "row dropped" in record.getMessage()]
-    assert len(messages) == 2 and any("rows.json:2" in m for m in messages)
+    assert "too-long: 1" in caplog.text and "rows.json:3" in caplog.text  # found before training
+    assert "row dropped (image-corrupt)" in caplog.text and "rows.json:2" in caplog.text  # only when decoded
+    written = (tmp_path / "out" / "dropped_rows.jsonl").read_text()
+    assert '"reason": "too-long"' in written and "rows.json:3" in written
 
 
 def test_no_usable_sample_at_all(settings):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vreflection.model.layout import BatchLayout
-from vreflection.training.free_running import choose_samples, roll_out
+from vreflection.training.free_running import choose_samples, roll_out, rounds_needed
 from vreflection.training.gauges import latent_gauges
 
 
@@ -15,9 +15,9 @@ def test_the_share_is_kept_over_steps_and_the_draw_is_a_function_of_its_argument
         # Everyone's turn comes equally often, and the count is never further off than one.
         assert (draws.float().mean(0) - share).abs().max() < 0.05
         assert {*draws.sum(1).tolist()} <= {int(batch * share), int(batch * share) + 1}
-    assert torch.equal(choose_samples(8, 0.5, 3, 7, 1), choose_samples(8, 0.5, 3, 7, 1))
-    others = [choose_samples(64, 0.5, *key) for key in ((3, 8, 1), (3, 7, 0), (4, 7, 1))]
-    assert not any(torch.equal(other, choose_samples(64, 0.5, 3, 7, 1)) for other in others)
+    assert torch.equal(choose_samples(8, 0.5, 3, 7), choose_samples(8, 0.5, 3, 7))
+    others = [choose_samples(64, 0.5, *key) for key in ((3, 8), (4, 7))]
+    assert not any(torch.equal(other, choose_samples(64, 0.5, 3, 7)) for other in others)
     assert choose_samples(5, 1.0, 0, 0).all() and not choose_samples(5, 0.0, 0, 0).any()
 
 
@@ -79,6 +79,48 @@ def test_only_chosen_samples_are_rolled_out(tiny, rows):
     states, free = rolled(model, batch, [False, True, False, True])
     assert free.tolist() == [False, False, False, True] and (states[:3] == 0).all()
     torch.testing.assert_close(states[3], whole[3], rtol=1e-4, atol=1e-4)
+
+
+def test_packed_samples_roll_out_as_they_would_in_rows_of_their_own(tiny, rows):
+    model, batch = tiny.model("stage2"), tiny.batch(rows)
+    expected, _ = rolled(model, batch, [True] * 4)
+    lengths = batch["attention_mask"].sum(1)
+    positions, _ = model.model.get_rope_index(
+        batch["input_ids"], batch["mm_token_type_ids"], batch["image_grid_thw"], attention_mask=batch["attention_mask"]
+    )
+    kept = batch["attention_mask"].bool()
+    keys = ("image_grid_thw", "boxes", "box_sample", "box_image")
+    bounds = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
+    layout = BatchLayout.from_batch(
+        model.config, batch["input_ids"][kept][None], None, *(batch[k] for k in keys), cu_seqlens=bounds
+    )
+    tokens = model.visual_tokens(batch["pixel_values"], batch["image_grid_thw"])
+    states, free = roll_out(
+        model, batch["input_ids"][kept][None], positions[:, kept][:, None], tokens, layout, torch.ones(4).bool()
+    )
+    assert free.all()
+    torch.testing.assert_close(states, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_rounds_run_along_with_others_change_nothing(tiny, rows):
+    model, batch = tiny.model("stage2"), tiny.batch(rows)
+    layout = BatchLayout.from_batch(
+        model.config,
+        *(batch[k] for k in ("input_ids", "labels", "image_grid_thw", "boxes", "box_sample", "box_image")),
+    )
+    chosen = torch.tensor([False, True, True, False])
+    assert rounds_needed(layout, chosen) == 1 and rounds_needed(layout, torch.ones(4).bool()) == 2
+    assert rounds_needed(layout, torch.tensor([False, True, False, False])) == 0
+    positions, _ = model.model.get_rope_index(
+        batch["input_ids"], batch["mm_token_type_ids"], batch["image_grid_thw"], attention_mask=batch["attention_mask"]
+    )
+    tokens = model.visual_tokens(batch["pixel_values"], batch["image_grid_thw"])
+    calls = []
+    model.model.language_model.register_forward_hook(lambda *_: calls.append(1))
+    alone, _ = roll_out(model, batch["input_ids"], positions, tokens, layout, chosen)
+    along, _ = roll_out(model, batch["input_ids"], positions, tokens, layout, chosen, rounds=3)
+    torch.testing.assert_close(alone, along)
+    assert len(calls) == (1 + 3) * tiny.SLOTS
 
 
 def test_rolling_out_during_training_changes_nothing_else(tiny, rows):

@@ -12,9 +12,10 @@ from vreflection.errors import CheckpointError, ConfigError, DataError
 from vreflection.losses import stochastic_side
 from vreflection.model.modeling import VReflectionForConditionalGeneration as Model
 from vreflection.model.processor import VReflectionProcessor
-from vreflection.training.config import OptimizerSettings, TrainSettings, build
+from vreflection.training.arguments import parameter_groups, training_arguments
 from vreflection.training.run import run_training
-from vreflection.training.trainer import parameter_groups, training_arguments
+from vreflection.training.settings import OptimizerSettings, TrainSettings
+from vreflection.training.values import build
 
 COLOURS = ("red", "green", "blue", "grey")
 
@@ -242,7 +243,8 @@ def test_rows_that_are_all_unusable(settings, workplace):
     rows[1]["bboxes"] = []
     (workplace / "bad.json").write_text(json.dumps(rows[:2]))
     with pytest.raises(
-        DataError, match=r"no usable training row: 0 rows kept, 2 dropped(.|\n)*box-count: 1(.|\n)*box-inverted: 1"
+        DataError,
+        match=r"none of the 2 samples is usable: 0 rows kept, 2 dropped(.|\n)*box-count: 1(.|\n)*box-inverted: 1",
     ):
         run_training(settings("stage1", "x", data={"train": str(workplace / "bad.json")}))
     rows[2]["bboxes"] = rows[2]["bboxes"][:1]

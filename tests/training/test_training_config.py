@@ -6,7 +6,9 @@ import pytest
 import yaml
 
 from vreflection.errors import ConfigError
-from vreflection.training.config import FreeRunningSettings, TrainSettings, apply_override, build, load_settings
+from vreflection.training.config import apply_override, load_settings
+from vreflection.training.settings import FreeRunningSettings, TrainSettings
+from vreflection.training.values import build
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ def main() -> None:
     """Entry point."""
     import typer
 
-    from ..errors import CheckpointError, ConfigError, DataError
+    from ..errors import CheckpointError, ConfigError, DataError, TrainingError
     from . import convert, data, info, quickstart, train
 
     app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -26,6 +26,9 @@ def main() -> None:
     except (CheckpointError, ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except TrainingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print("\nstopped; what was finished is kept, run the same command again to go on", file=sys.stderr)
         sys.exit(1)

@@ -51,6 +51,17 @@ class PhaseBars:
         self.bars.update(self.total, completed=round(seconds))
 
 
+def log_to_terminal() -> None:
+    """The package's own notices and warnings, on the error stream."""
+    import logging
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("vreflection")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+
+
 def quiet_host_library() -> None:
     """The host library's own bars and notices would tear ours apart."""
     import warnings

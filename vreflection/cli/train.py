@@ -10,32 +10,42 @@ import typer
 
 
 def command(
-    config: Annotated[Path, typer.Option(help="settings file, such as configs/stage1_7b.yaml")],
+    config: Annotated[Path, typer.Option(help="settings file, or the name of a shipped one such as stage1_7b")],
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value over the settings, repeatable")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the last checkpoint in `output`")] = False,
     check: Annotated[bool, typer.Option("--check", help="only check the settings and print them")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON, no bars")] = False,
 ) -> None:
-    """Train one stage or control arm from a settings file."""
+    """Train one stage or control arm from a settings file; several GPUs: torchrun -m vreflection train …"""
     import yaml
 
     from ..training.config import load_settings, settings_dict
 
-    settings = load_settings(config, set_)
+    settings = load_settings(config, [*(set_ or []), *(["resume=true"] if resume else [])])
     if check:
         plain = settings_dict(settings)
         typer.echo(json.dumps(plain) if as_json else yaml.safe_dump(plain, sort_keys=False))
         return
+    from ..training.parallel import is_main_process
     from ..training.run import run_training
-    from .progress import PhaseBars, quiet_host_library
+    from .progress import PhaseBars, log_to_terminal, quiet_host_library
 
     quiet_host_library()
-    with PhaseBars([("steps", 1.0)], settings.stage, quiet=as_json) as bars:
+    main = is_main_process()
+    log_to_terminal()
+    with PhaseBars([("steps", 1.0)], settings.stage, quiet=as_json or not main) as bars:
         result = run_training(settings, on_step=lambda done, total: bars.update("steps", done, total))
+    if not main:
+        return
     last = next((row for row in reversed(result.history) if "loss" in row), {})
     if as_json:
         dropped = result.report.num_dropped if result.report else 0
-        typer.echo(json.dumps({"output": settings.output, "rows_dropped": dropped, "last": last}))
+        outcome = {"output": settings.output, "rows_dropped": dropped, "last": last, "stopped_at": result.stopped_at}
+        typer.echo(json.dumps(outcome))
         return
     if result.report is not None:
         typer.echo(result.report.summary())
+    if result.stopped_at is not None:
+        typer.echo(f"stopped at step {result.stopped_at}; the same command with --resume goes on from there")
+        return
     typer.echo(f"checkpoint: {settings.output}")

@@ -52,6 +52,8 @@ class SampleProcessor(Protocol):
 
     def encode_text(self, text: str) -> list[int]: ...
 
+    def image_grid(self, width: int, height: int) -> tuple[int, int, int]: ...
+
     def process_images(self, images: Sequence[Image.Image]) -> Mapping[str, Tensor]: ...
 
 
@@ -118,6 +120,17 @@ def encode_sample(
         encoded.boxes = torch.from_numpy(boxes_n4)
         encoded.box_images = torch.from_numpy(box_images_n)
     return encoded
+
+
+def sample_length(
+    sample: Sample, processor: SampleProcessor, slot_style: SlotStyle, grids: Sequence[Sequence[int]], num_latents: int
+) -> int:
+    """Tokens that `encode_sample` will make of a sample whose images have these grids (t, H, W), without its pixels."""
+    grids_I3 = torch.tensor(grids, dtype=torch.int64).reshape(-1, 3)
+    segments = conversation_segments(sample.conversations, slot_style, num_latents)
+    text = sum(len(processor.encode_text(segment.text)) for segment in segments)
+    visual = _token_counts(grids_I3, processor.spatial_merge_size)
+    return text + sum(visual) - len(visual)
 
 
 def encode_prompt(
@@ -243,7 +256,8 @@ class LatentDataset(Dataset[EncodedSample]):
         slot_style, num_latents, max_length: as in `encode_sample`.
         feature_cache: image path -> (visual tokens (N, D), grid_thw). When given, image files are not opened and
             every image must be in it.
-        skip_unusable: an unusable sample is logged once, by file and row, and its place taken by the next usable one.
+        skip_unusable: an unusable sample is left out of its batch and logged once, by file and row; a batch that would
+            be empty takes the next usable sample instead.
 
     `__getitem__` raises `DataError` for an unusable sample.
     """
@@ -273,18 +287,30 @@ class LatentDataset(Dataset[EncodedSample]):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> EncodedSample:
+        return self.encode(index)
+
+    def __getitems__(self, indices: Sequence[int]) -> list[EncodedSample]:
+        """The samples of one batch."""
         if not self.skip_unusable:
-            return self.encode(index)
-        for step in range(len(self.samples)):
-            place = (index + step) % len(self.samples)
-            if place in self.dropped:
-                continue
-            try:
-                return self.encode(place)
-            except DataError as error:
-                self.dropped[place] = error
-                logger.warning("row dropped (%s): %s", error.reason, error)
+            return [self.encode(index) for index in indices]
+        usable = [sample for index in indices if (sample := self._encode_or_drop(index)) is not None]
+        if usable:
+            return usable
+        for step in range(1, len(self.samples)):
+            sample = self._encode_or_drop((indices[-1] + step) % len(self.samples))
+            if sample is not None:
+                return [sample]
         raise DataError("no-rows", f"none of the {len(self.samples)} samples is usable; the log says why for each")
+
+    def _encode_or_drop(self, index: int) -> EncodedSample | None:
+        if index in self.dropped:
+            return None
+        try:
+            return self.encode(index)
+        except DataError as error:
+            self.dropped[index] = error
+            logger.warning("row dropped (%s): %s", error.reason, error)
+            return None
 
     def encode(self, index: int) -> EncodedSample:
         """The sample at `index` itself."""

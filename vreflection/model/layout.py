@@ -29,12 +29,18 @@ class BatchLayout:
     boxes: np.ndarray  # (B, 4)
     box_sample: np.ndarray  # (B,)
     box_image: np.ndarray  # (B,)
+    starts: np.ndarray  # (sequences,) flat position of every sequence
     sequence_lengths: tuple[int, ...] | None = None  # of a packed row
 
     @property
     def counts(self) -> tuple[int, int]:
         """Supervised positions and boxes: what the losses are means over."""
         return len(self.targets_S), len(self.boxes)
+
+    @property
+    def turns_B(self) -> np.ndarray:
+        """Each span's place among the spans of its sequence, from 0."""
+        return np.arange(len(self.box_sample)) - np.searchsorted(self.box_sample, self.box_sample)
 
     @classmethod
     def from_batch(
@@ -89,6 +95,7 @@ class BatchLayout:
             boxes=boxes,
             box_sample=box_sample,
             box_image=box_image,
+            starts=starts,
             sequence_lengths=None if cu_seqlens is None else tuple(np.diff([*starts, ids.size]).tolist()),
         )
 

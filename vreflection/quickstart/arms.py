@@ -22,9 +22,9 @@ from ..evaluation.latents import (
 from ..evaluation.questions import Decoded, TeacherForced, decode_answers, expected_answer, teacher_forced
 from ..evaluation.statistics import wilson
 from ..model.modeling import VReflectionForConditionalGeneration
-from ..training.config import TrainSettings
 from ..training.gauges import latent_gauges
 from ..training.run import TrainResult, run_training
+from ..training.settings import TrainSettings
 
 Progress = Callable[[int, int], None]
 Cache = Mapping[str, ImageTokens]

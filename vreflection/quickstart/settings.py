@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from ..errors import ConfigError
-from ..training.config import TrainSettings, apply_override, build, convert
+from ..training.config import apply_override, config_file, merge
+from ..training.settings import TrainSettings
+from ..training.values import build, convert
 
 MAIN_ARMS = ("stage1", "stage2")
 
@@ -65,24 +65,6 @@ class QuickstartSettings:
             [self.seed, self.data.train, self.data.validation, self.data.test, self.data.seed],
         ]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
-    """`extra` over `base`, group by group."""
-    merged = copy.deepcopy(base)
-    for key, value in extra.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = merge(merged[key], value) if both else copy.deepcopy(value)
-    return merged
-
-
-def config_file(name: str) -> Path:
-    """A configuration that ships with the package, installed or in a checkout."""
-    package = Path(__file__).parents[1]
-    for folder in (package / "configs", package.parent / "configs"):
-        if (folder / name).is_file():
-            return folder / name
-    raise ConfigError(f"configuration {name!r} is not installed; reinstall the package or pass a path")
 
 
 def load_quickstart(path: Path | None = None, overrides: list[str] | None = None) -> QuickstartSettings:

@@ -3,7 +3,7 @@
 The states are rolled out one after another without gradient; the training pass then runs once, in parallel, with these
 fixed inputs in the slots.
 
-Shape suffixes: B boxes (= spans), Q slots per span, D width, L length.
+Shape suffixes: B boxes (= spans), Q slots per span, D width, L length, N positions of all sequences.
 """
 
 from __future__ import annotations
@@ -16,14 +16,20 @@ from ..model.layout import BatchLayout
 from ..model.modeling import VReflectionForConditionalGeneration
 
 
-def choose_samples(batch_size: int, share: float, seed: int, step: int, rank: int = 0) -> torch.Tensor:
-    """Which samples run free, `(batch,)` bool: `share` of them, at random, a function of seed, step and rank."""
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + step) * 4099 + rank)
+def choose_samples(samples: int, share: float, seed: int, number: int) -> torch.Tensor:
+    """Which samples of micro-batch `number` of the run go free, `(samples,)` bool: `share` of them, at random."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
     # A fractional count is settled by a draw, so that small batches follow the share too.
-    count = int(batch_size * share + float(torch.rand((), generator=generator)))
-    chosen = torch.zeros(batch_size, dtype=torch.bool)
-    chosen[torch.randperm(batch_size, generator=generator)[:count]] = True
+    count = int(samples * share + float(torch.rand((), generator=generator)))
+    chosen = torch.zeros(samples, dtype=torch.bool)
+    chosen[torch.randperm(samples, generator=generator)[:count]] = True
     return chosen
+
+
+def rounds_needed(layout: BatchLayout, chosen: torch.Tensor) -> int:
+    """Spans of one sample feed on those before, so they are rolled out in rounds: the most spans of a chosen sample."""
+    free = chosen.numpy()[layout.box_sample]
+    return int(layout.turns_B[free].max()) + 1 if free.any() else 0
 
 
 @torch.no_grad()
@@ -34,45 +40,55 @@ def roll_out(
     tokens_TD: torch.Tensor,
     layout: BatchLayout,
     chosen: torch.Tensor,
+    rounds: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Fed-back states of the chosen samples' slots.
 
     Args:
-        input_ids: `(batch, L)`, right-padded. position_ids: `(3, batch, L)`. tokens_TD: the batch's visual tokens.
-        chosen: `(batch,)` bool on the host.
+        input_ids: `(batch, L)`, right-padded or packed. position_ids: `(3, batch, L)`. tokens_TD: the batch's visual
+            tokens.
+        chosen: `(samples,)` bool on the host.
+        rounds: how many times the model is run through a span; default as many as needed. Processes that share a
+            sharded model pass the largest need of any, and run along on a token of padding where they have nothing.
 
     Returns:
         slot inputs `(B, Q, D)`, zero where not rolled out, and `(B,)` bool saying where they were.
     """
+    rounds = rounds_needed(layout, chosen) if rounds is None else rounds
     with eval_mode(model):  # gradient checkpointing in training mode would drop the cache
         embeds = model.embed(input_ids, tokens_TD, layout)
-        span_sample = torch.from_numpy(layout.box_sample)
-        free = chosen[span_sample]
-        spans, slots = layout.slot_index_BQ.shape
-        inputs_BQD = embeds.new_zeros(spans, slots, embeds.shape[2])
-        # Spans come in the order of their samples: a span's turn is its distance from its sample's first.
-        ordinal = torch.arange(spans) - torch.searchsorted(span_sample, span_sample)
-        for turn in range(int(ordinal.max()) + 1 if spans else 0):
-            active = (free & (ordinal == turn)).nonzero()[:, 0].to(input_ids.device)
+        free = chosen[torch.from_numpy(layout.box_sample)]
+        turns = torch.from_numpy(layout.turns_B)
+        spans = len(layout.box_sample)
+        inputs_BQD = embeds.new_zeros(spans, model.config.num_latent_tokens, embeds.shape[2])
+        flat, positions = embeds.flatten(0, 1), position_ids[-3:].flatten(1)
+        starts = torch.from_numpy(layout.starts[layout.box_sample]).to(input_ids.device)
+        for turn in range(rounds):
+            active = (free & (turns == turn)).nonzero()[:, 0].to(input_ids.device)
             if not len(active):
+                roll_out_spans(
+                    model, flat, positions, flat.new_ones(1, 1).long(), flat.new_zeros(1).long(), rehearsal=True
+                )
                 continue
-            inputs_BQD[active] = roll_out_spans(model, embeds, position_ids, layout.slot_index_BQ[active])
-            flat = embeds.flatten(0, 1)
-            flat[layout.slot_index_BQ[active].flatten()] = inputs_BQD[active].flatten(0, 1)
+            slots = layout.slot_index_BQ[active]
+            inputs_BQD[active] = roll_out_spans(model, flat, positions, slots, starts[active])
+            flat[slots.flatten()] = inputs_BQD[active].flatten(0, 1)
     # Casts cached while gradients were off could be reused, without a graph, by the training pass.
     torch.clear_autocast_cache()
     return inputs_BQD, free.to(input_ids.device)
 
 
-def roll_out_spans(model, embeds_SLD, position_ids, slot_index_BQ) -> torch.Tensor:
-    """States `(B, Q, D)` fed back in the given spans, of different samples, in one left-padded batch."""
-    length = embeds_SLD.shape[1]
-    sample = slot_index_BQ[:, 0] // length
-    start = slot_index_BQ[:, 0] % length  # the prefix ends with <|lvr_start|>, just before the first slot
-    prefix = int(start.max())
-    column = start[:, None] - prefix + torch.arange(prefix, device=start.device)
-    mask = (column >= 0).long()
-    column = column.clamp(min=0)
+def roll_out_spans(model, flat_ND, positions_3N, slot_index_BQ, start_B, rehearsal: bool = False) -> torch.Tensor:
+    """States `(B, Q, D)` fed back in the given spans, of different samples, in one left-padded batch.
+
+    `flat_ND` holds all sequences' embeddings end to end, `start_B` where each span's sequence begins.
+    """
+    first = slot_index_BQ[:, 0]
+    length = first - start_B  # the prefix ends with <|lvr_start|>, just before the first slot
+    prefix = int(length.max())
+    offset = length[:, None] - prefix + torch.arange(prefix, device=first.device)
+    mask = (offset >= 0).long()
+    source = start_B[:, None] + offset.clamp(min=0)
     decoder = model.model.language_model
     # Not the engine's static cache: under autocast keys and values differ in dtype.
     cache = DynamicCache(config=model.config.get_text_config())
@@ -90,10 +106,10 @@ def roll_out_spans(model, embeds_SLD, position_ids, slot_index_BQ) -> torch.Tens
         )
         return output.last_hidden_state[:, -1]
 
-    z = consume(embeds_SLD[sample[:, None], column], position_ids[-3:, sample[:, None], column])
+    z = consume(flat_ND[source], positions_3N[:, source])
     states = [z]
-    for slot in range(slot_index_BQ.shape[1] - 1):
-        position = position_ids[-1].flatten()[slot_index_BQ[:, slot]]
-        z = consume(z[:, None].to(embeds_SLD.dtype), position[None, :, None].expand(3, -1, 1))
+    for slot in range(model.config.num_latent_tokens - 1):
+        position = positions_3N[-1, slot_index_BQ[:, 0 if rehearsal else slot]]
+        z = consume(z[:, None].to(flat_ND.dtype), position[None, :, None].expand(3, -1, 1))
         states.append(z)
-    return torch.stack(states, dim=1).to(embeds_SLD.dtype)
+    return torch.stack(states, dim=1).to(flat_ND.dtype)

@@ -2,37 +2,51 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from transformers import PrinterCallback, TrainerCallback, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
-from ..data.collate import Collator
 from ..data.encode import ImageTokens, LatentDataset
-from ..data.visual_cot import ReadReport, Sample, read_visual_cot
-from ..errors import CheckpointError, ConfigError, DataError
+from ..data.rows import open_rows
+from ..data.visual_cot import ReadReport, Sample
+from ..errors import CheckpointError, ConfigError, TrainingError
 from ..model.checkpoint import local_folder
 from ..model.config import STAGES
 from ..model.modeling import VReflectionForConditionalGeneration
+from ..model.packed_attention import PACKED_ATTENTION
 from ..model.processor import VReflectionProcessor
-from .config import TrainSettings, settings_dict
-from .trainer import LatentTrainer, training_arguments
+from .adapters import add_adapters, has_adapters, load_adapters, merge_adapters
+from .arguments import training_arguments
+from .checkpoints import newest_checkpoint
+from .config import settings_dict
+from .loader import plan_data, run_length
+from .parallel import is_main_process, resolve_parallel
+from .settings import TrainSettings
+from .trainer import LatentTrainer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
 class TrainResult:
-    """A finished run: the model, its log rows, seconds per step, and what became of the data rows."""
+    """A finished run: the model, its log rows, seconds per step, and what became of the data rows.
+
+    `stopped_at` is the step at which a signal ended it; then `output` holds a trainer checkpoint, not the final model.
+    """
 
     model: VReflectionForConditionalGeneration
     processor: VReflectionProcessor
     history: list[dict[str, Any]]
     seconds_per_step: float
     report: ReadReport | None
+    stopped_at: int | None = None
+    stop_signal: int | None = None
 
 
 class StepProgress(TrainerCallback):
@@ -45,7 +59,7 @@ class StepProgress(TrainerCallback):
         self.report(state.global_step, state.max_steps)
 
 
-def check_start(settings: TrainSettings) -> None:
+def check_start(settings: TrainSettings, parallel: str) -> None:
     """What can be refused before anything is loaded."""
     if not settings.model and settings.stage == "stage2":
         raise CheckpointError("model: stage 2 starts from a stage-1 checkpoint, got none; --set model=<stage-1 folder>")
@@ -53,6 +67,12 @@ def check_start(settings: TrainSettings) -> None:
         raise ConfigError("model: expected a base model folder or hub id, got none; --set model=<folder or hub id>")
     if not settings.output:
         raise ConfigError("output: expected a folder for the checkpoint, got none; --set output=<folder>")
+    if settings.lora.rank and parallel != "ddp":
+        raise ConfigError(
+            f"lora: adapters are trained with parallel=ddp, got {parallel!r}; the base model is not sharded"
+        )
+    if settings.gauges.every and not settings.data.held_out:
+        raise ConfigError("gauges.every: needs held-out rows; --set data.held_out=64, or a file of such rows")
 
 
 def check_image_folder(settings: TrainSettings) -> str | None:
@@ -64,38 +84,47 @@ def check_image_folder(settings: TrainSettings) -> str | None:
     return folder
 
 
-def resume_point(settings: TrainSettings) -> str | None:
-    """The newest trainer checkpoint in `output`, or `None` when not resuming."""
-    if not settings.resume:
-        return None
-    found = get_last_checkpoint(settings.output) if Path(settings.output).is_dir() else None
-    if found is None:
-        raise CheckpointError(
-            f"resume: expected a trainer checkpoint (checkpoint-<step>) in {settings.output!r}, found none; "
-            "start without resume, and save some with trainer.save_strategy=steps"
-        )
-    return found
-
-
-def load_model(settings: TrainSettings) -> tuple[VReflectionForConditionalGeneration, VReflectionProcessor]:
-    folder = local_folder(settings.model)
-    processor = VReflectionProcessor.from_pretrained(
+def load_processor(settings: TrainSettings, folder: Path) -> VReflectionProcessor:
+    return VReflectionProcessor.from_pretrained(
         folder, settings.data.min_visual_tokens, settings.data.max_visual_tokens
     )
-    ids = processor.token_ids
-    token_ids = {
-        "lvr_start_id": ids.lvr_start,
-        "lvr_id": ids.lvr,
-        "lvr_latent_end_id": ids.lvr_latent_end,
-        "lvr_end_id": ids.lvr_end,
-    }
-    base = VReflectionForConditionalGeneration.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation=settings.attn_implementation
-    )
-    model = VReflectionForConditionalGeneration.from_base(base, settings.stage, **token_ids, **settings.latent.given())
+
+
+def load_model(
+    settings: TrainSettings, processor: VReflectionProcessor, folder: Path, resume_from: Path | None
+) -> VReflectionForConditionalGeneration:
+    """The stage's model: new from the base in `folder`, or with the weights of the checkpoint to go on from."""
+    options = {"dtype": getattr(torch, settings.dtype), "attn_implementation": attention(settings)}
+    if resume_from is not None and not settings.lora.rank:
+        model = VReflectionForConditionalGeneration.from_pretrained(
+            resume_from, expect_stage=settings.stage, **options
+        )  # fmt: skip
+    else:
+        ids = processor.token_ids
+        token_ids = {
+            "lvr_start_id": ids.lvr_start,
+            "lvr_id": ids.lvr,
+            "lvr_latent_end_id": ids.lvr_latent_end,
+            "lvr_end_id": ids.lvr_end,
+        }
+        base = VReflectionForConditionalGeneration.from_pretrained(folder, **options)
+        latent = settings.latent.given()
+        model = VReflectionForConditionalGeneration.from_base(base, settings.stage, **token_ids, **latent)
     model.objective = settings.latent_objective()
     model.freeze_for_stage()
-    return model, processor
+    if settings.lora.rank:
+        add_adapters(model, settings.lora)
+        if resume_from is not None:
+            load_adapters(model, resume_from)
+    return model
+
+
+def attention(settings: TrainSettings) -> str | dict[str, str] | None:
+    """Packed rows need an attention that keeps samples apart; flash attention does so by itself."""
+    asked = settings.attn_implementation
+    if settings.data.pack_tokens is None or (asked or "").startswith("flash_attention"):
+        return asked
+    return {"": asked or "sdpa", "text_config": PACKED_ATTENTION}
 
 
 def run_training(
@@ -109,25 +138,27 @@ def run_training(
     """Train one stage or control arm and save it to `settings.output`.
 
     Args:
-        samples: rows already read; otherwise `settings.data.train` is read, and unusable rows are counted.
+        samples: rows already read; otherwise `settings.data.train` is opened, and unusable rows are counted.
         feature_cache: visual tokens by image path, so that the frozen vision tower does not run again.
         on_step: called as `on_step(done, total)` after every optimizer step.
 
     Raises:
         ConfigError, CheckpointError, DataError: before any step, with what to change.
+        TrainingError: the run had to end, or its result could not be saved.
     """
-    check_start(settings)
-    resume_from = resume_point(settings)
+    parallel = resolve_parallel(settings)
+    check_start(settings, parallel)
+    if samples is None and not settings.data.train:
+        raise ConfigError("data.train: expected a training file, got none; --set data.train=<file>")
+    resume_from = newest_checkpoint(settings.output) if settings.resume else None
+    args = training_arguments(settings, parallel)
     # Before the model: initial queries and projections are drawn from this seed.
     set_seed(settings.seed)
-    report = None
-    if samples is None:
-        if not settings.data.train:
-            raise ConfigError("data.train: expected a training file, got none; --set data.train=<file>")
-        samples, report = read_visual_cot(settings.data.train, check_image_folder(settings))
-        if not samples:
-            raise DataError("no-rows", f"no usable training row: {report.summary()}", settings.data.train)
-    model, processor = load_model(settings)
+    report = ReadReport() if samples is None else None
+    samples = open_rows(settings.data.train, check_image_folder(settings)) if samples is None else samples
+    folder = local_folder(settings.model)
+    processor = load_processor(settings, folder)
+    model = load_model(settings, processor, folder, resume_from)
     dataset = LatentDataset(
         samples,
         processor,
@@ -137,26 +168,61 @@ def run_training(
         feature_cache=feature_cache,
         skip_unusable=True,
     )
+    batch_size = args.per_device_train_batch_size
+    with args.main_process_first(desc="measuring rows"):
+        data = plan_data(dataset, settings.data, batch_size, settings.seed, Path(settings.output))
+    args.max_steps = run_length(data, args)
     trainer = LatentTrainer(
-        model,
-        training_arguments(settings),
-        settings.optimizer,
-        settings.free_running,
-        train_dataset=dataset,
-        data_collator=Collator(processor.token_ids.pad),
+        model, args, settings, data, parallel, processor.token_ids.pad,
         callbacks=[*(callbacks or []), *([] if on_step is None else [StepProgress(on_step)])],
-    )
+    )  # fmt: skip
+    trainer.save_extras = lambda folder: save_extras(folder, processor, settings)
     if on_step is not None:
         trainer.remove_callback(PrinterCallback)
-    outcome = trainer.train(resume_from_checkpoint=resume_from)
-    steps = max(trainer.state.global_step, 1)
+    first_step = 0 if resume_from is None else int(resume_from.name.rpartition("-")[2])
+    outcome = trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
+    steps = max(trainer.state.global_step - first_step, 1)
     if report is not None:
+        report.merge(data.report)
         # Loader workers keep their own tally; what they drop is in the log.
         report.kept -= len(dataset.dropped)
         for error in dataset.dropped.values():
             report.drop(error)
+    result = TrainResult(
+        model, processor, trainer.state.log_history, outcome.metrics["train_runtime"] / steps, report
+    )  # fmt: skip
+    if trainer.stopping:
+        return stopped(result, trainer, settings)
+    save_result(trainer, processor, settings)
+    return result
+
+
+def stopped(result: TrainResult, trainer: LatentTrainer, settings: TrainSettings) -> TrainResult:
+    step = trainer.state.global_step
+    if not (Path(settings.output) / f"checkpoint-{step}").is_dir():
+        raise TrainingError(f"stopped at step {step}, and its checkpoint could not be saved; the log says why")
+    return replace(result, stopped_at=step, stop_signal=trainer.stop.received)
+
+
+def save_extras(folder: Path, processor: VReflectionProcessor, settings: TrainSettings) -> None:
+    processor.save_pretrained(folder)
+    (folder / "train_settings.yaml").write_text(yaml.safe_dump(settings_dict(settings), sort_keys=False))
+
+
+def save_result(trainer: LatentTrainer, processor: VReflectionProcessor, settings: TrainSettings) -> None:
+    """The trained model as a folder of its own: adapters merged, weights only."""
+    weights, model = trainer.full_weights(), trainer.accelerator.unwrap_model(trainer.model)
+    if trainer.is_deepspeed_enabled:
+        weights = trainer.accelerator.get_state_dict(trainer.deepspeed)
+    if has_adapters(model):
+        merge_adapters(model)
+        weights = model.state_dict()
+    if settings.data.pack_tokens is not None:
+        model.set_attn_implementation({"text_config": settings.attn_implementation or "sdpa"})
+    if not is_main_process() or weights is None:
+        return
+    if model.config.tie_word_embeddings:
+        weights.pop("lm_head.weight", None)
     output = Path(settings.output)
-    model.save_pretrained(output)
-    processor.save_pretrained(output)
-    (output / "train_settings.yaml").write_text(yaml.safe_dump(settings_dict(settings), sort_keys=False))
-    return TrainResult(model, processor, trainer.state.log_history, outcome.metrics["train_runtime"] / steps, report)
+    model.save_pretrained(output, state_dict=weights)
+    save_extras(output, processor, settings)

@@ -1,35 +1,62 @@
-"""Training settings: YAML files with known keys only, overridable by `--set key=value`."""
+"""Training settings, as dataclasses: every key of a settings file, its default and what it may be."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import types
 import typing
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any
-
-import yaml
 
 from ..errors import ConfigError
 from ..losses import LatentObjective
 from ..model.config import STAGES
+from .values import convert
+
+PARALLEL = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
+DTYPES = ("float32", "bfloat16")
+FUSED_CROSS_ENTROPY = ("auto", "liger", "off")
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name}: expected one of {list(choices)}, got {value!r}")
 
 
 @dataclass(frozen=True)
 class DataSettings:
-    """Training rows: `train` is a Visual-CoT JSON, JSONL or meta JSON, `image_folder` where its paths start."""
+    """Training rows.
+
+    Attributes:
+        train: Visual-CoT JSON, JSONL, Parquet, meta JSON, or a clean index of `vreflection data check`.
+        image_folder: where the rows' image paths start.
+        max_length: longest sample in tokens; longer ones are left out whole, and counted.
+        pack_tokens: token budget of a micro-batch: samples are packed end to end, without padding. `None` pads
+            `trainer.per_device_train_batch_size` samples instead.
+        min_visual_tokens, max_visual_tokens: limits per image; `None` keeps the model's own.
+        workers: loader processes.
+        feature_store: folder of the frozen vision tower's output; what is missing there is computed before training.
+        held_out: rows kept out of training for the gauges (see `GaugeSettings`), or a file of such rows.
+    """
 
     train: str = ""
     image_folder: str | None = None
     max_length: int = 16384
+    pack_tokens: int | None = None
     min_visual_tokens: int | None = None
     max_visual_tokens: int | None = None
+    workers: int = 0
+    feature_store: str | None = None
+    held_out: int | str = 0
 
     def __post_init__(self):
         if self.max_length < 1:
             raise ConfigError(f"data.max_length: expected at least 1, got {self.max_length}")
+        if self.pack_tokens is not None and self.pack_tokens < 1:
+            raise ConfigError(f"data.pack_tokens: expected at least 1 or null, got {self.pack_tokens}")
+        if self.workers < 0:
+            raise ConfigError(f"data.workers: expected at least 0, got {self.workers}")
+        if isinstance(self.held_out, int) and self.held_out < 0:
+            raise ConfigError(f"data.held_out: expected at least 0 rows or a file, got {self.held_out}")
 
 
 @dataclass(frozen=True)
@@ -71,7 +98,7 @@ class FreeRunningSettings:
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """Learning rates per part; `None` = `learning_rate`. No weight decay on norms, biases and queries."""
+    """AdamW. Learning rates per part; `None` = `learning_rate`. No weight decay on norms, biases and queries."""
 
     learning_rate: float = 1e-5
     teacher_learning_rate: float | None = None
@@ -86,16 +113,65 @@ class OptimizerSettings:
 
 
 @dataclass(frozen=True)
+class LoraSettings:
+    """Low-rank adapters (PEFT) on the language model's linear layers; the two compression modules train in full.
+
+    Attributes:
+        rank: 0 trains all weights of the language model instead.
+        alpha: adapters are scaled by alpha / rank.
+        token_rows: also train the embedding and output rows of the four latent tokens, which no base model has learnt.
+    """
+
+    rank: int = 0
+    alpha: float = 32.0
+    dropout: float = 0.0
+    token_rows: bool = True
+
+    def __post_init__(self):
+        if self.rank < 0 or not 0 <= self.dropout < 1 or self.alpha <= 0:
+            raise ConfigError(f"lora: expected rank >= 0, alpha > 0 and 0 <= dropout < 1, got {self}")
+
+
+@dataclass(frozen=True)
+class GaugeSettings:
+    """Held-out check of what the latents do, every `every` steps and at the end; 0 turns it off.
+
+    Needs `data.held_out` rows. What it measures: `vreflection.training.probe`.
+    """
+
+    every: int = 0
+
+    def __post_init__(self):
+        if self.every < 0:
+            raise ConfigError(f"gauges.every: expected at least 0, got {self.every}")
+
+
+@dataclass(frozen=True)
+class SafetySettings:
+    """`max_bad_steps` skipped steps in a row (a loss or gradient that is not finite, on any rank) end the run."""
+
+    max_bad_steps: int = 5
+
+    def __post_init__(self):
+        if self.max_bad_steps < 1:
+            raise ConfigError(f"safety.max_bad_steps: expected at least 1, got {self.max_bad_steps}")
+
+
+@dataclass(frozen=True)
 class TrainSettings:
     """Everything one training run needs.
 
     Attributes:
-        stage: what to train (`stage1`, `stage2`, `sft`, `boundary`, `filler`).
+        stage: what to train (`stage1`, `stage2`, `sft`, `boundary`, `filler`, `filler_aligned`).
         model: folder or hub id of the base model; for stage 2 the stage-1 checkpoint.
         output: folder of the resulting checkpoint.
         objective: overrides of the stage's `LatentObjective`.
         trainer: arguments of `transformers.TrainingArguments`.
+        dtype: of the frozen and trained weights; `float32` with `trainer.bf16` is mixed precision.
         attn_implementation: the host library's attention (`sdpa`, `flash_attention_2`, `eager`); `None` = its default.
+        parallel: how several processes share the work: `ddp`, `fsdp2`, or DeepSpeed's `zero1`, `zero2`, `zero3`.
+        compile: backend that `torch.compile` builds every decoder layer with, such as `inductor`; `None` = none.
+        fused_cross_entropy: Liger's fused linear cross-entropy: `auto` (on a GPU, where installed), `liger`, `off`.
         resume: continue from the last trainer checkpoint in `output`.
     """
 
@@ -104,17 +180,26 @@ class TrainSettings:
     output: str = ""
     seed: int = 0
     resume: bool = False
+    dtype: str = "float32"
     attn_implementation: str | None = None
+    parallel: str = "ddp"
+    compile: str | None = None
+    fused_cross_entropy: str = "auto"
     data: DataSettings = field(default_factory=DataSettings)
     latent: LatentSettings = field(default_factory=LatentSettings)
     objective: dict[str, Any] = field(default_factory=dict)
     free_running: FreeRunningSettings = field(default_factory=FreeRunningSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    gauges: GaugeSettings = field(default_factory=GaugeSettings)
+    safety: SafetySettings = field(default_factory=SafetySettings)
     trainer: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
-        if self.stage not in STAGES or self.stage == "base":
-            raise ConfigError(f"stage: expected one of {sorted(set(STAGES) - {'base'})}, got {self.stage!r}")
+        check_choice("stage", self.stage, tuple(sorted(set(STAGES) - {"base"})))
+        check_choice("parallel", self.parallel, PARALLEL)
+        check_choice("dtype", self.dtype, DTYPES)
+        check_choice("fused_cross_entropy", self.fused_cross_entropy, FUSED_CROSS_ENTROPY)
         try:
             self.latent_objective()
         except ConfigError:
@@ -123,81 +208,9 @@ class TrainSettings:
             raise ConfigError(f"objective: {error}") from error
 
     def latent_objective(self) -> LatentObjective:
-        kinds = typing.get_type_hints(LatentObjective)
+        kinds = typing.get_type_hints(LatentObjective) | {"keep_alignment": bool}
         given = {
             name: convert(kinds[name], value, f"objective.{name}") if name in kinds else value
             for name, value in self.objective.items()
         }
         return LatentObjective.for_stage(self.stage, **{"alignment_seed": self.seed, **given})
-
-
-def load_settings(path: str | Path, overrides: list[str] | None = None) -> TrainSettings:
-    """Settings from a YAML file and `key=value` overrides (dotted keys, YAML values).
-
-    Raises:
-        ConfigError: unreadable file, unknown key (with the known ones), or a value of the wrong type.
-    """
-    path = Path(path)
-    try:
-        values = yaml.safe_load(path.read_text())
-    except FileNotFoundError as error:
-        raise ConfigError(f"config: {path} does not exist") from error
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"config: {path} is not readable YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"config: {path} must hold a mapping, got {type(values).__name__}")
-    for override in overrides or []:
-        apply_override(values, override)
-    return build(TrainSettings, values, str(path))
-
-
-def apply_override(values: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise ConfigError(f"--set: expected key=value, got {override!r}")
-    *parents, last = key.split(".")
-    for parent in parents:
-        child = values.setdefault(parent, {})
-        if not isinstance(child, dict):
-            raise ConfigError(f"--set {override}: {parent!r} is a single value, not a group")
-        values = child
-    try:
-        values[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override}: the value is not YAML: {error}") from error
-
-
-def build(kind: type, values: dict[str, Any], where: str):
-    """A settings dataclass from plain values, refusing unknown keys and wrong types."""
-    known = typing.get_type_hints(kind)
-    unknown = sorted(str(name) for name in values if name not in known)
-    if unknown:
-        raise ConfigError(f"{where}: unknown keys {unknown}; known: {sorted(known)}")
-    return kind(**{name: convert(known[name], value, f"{where}: {name}") for name, value in values.items()})
-
-
-def convert(kind: Any, value: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(kind):
-        if not isinstance(value, dict):
-            raise ConfigError(f"{where}: expected a group of settings, got {value!r}")
-        return build(kind, value, where)  # pyright: ignore[reportArgumentType]
-    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    for option in options:
-        plain = typing.get_origin(option) or option
-        if plain is types.NoneType and value is None:
-            return None
-        if plain is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-            # YAML 1.1 reads 1e-5 as a string.
-            try:
-                return float(value)
-            except ValueError:
-                continue
-        if isinstance(value, plain) and not (plain is int and isinstance(value, bool)):
-            return value
-    names = " or ".join(getattr(option, "__name__", str(option)) for option in options)
-    raise ConfigError(f"{where}: expected {names}, got {value!r} ({type(value).__name__})")
-
-
-def settings_dict(settings: TrainSettings) -> dict[str, Any]:
-    """Plain values, as a settings file would hold them."""
-    return dataclasses.asdict(settings)

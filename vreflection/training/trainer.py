@@ -1,171 +1,250 @@
-"""`transformers.Trainer` with latent stages: parameter groups, loss parts, gauges and the free-running curriculum."""
+"""`transformers.Trainer` with latent stages: losses over the global batch, gauges, free running, guarded steps."""
 
 from __future__ import annotations
 
+import logging
+import math
+from types import MethodType
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import Trainer, TrainingArguments
+import torch.distributed as dist
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from ..errors import ConfigError
 from ..model.layout import BatchLayout
 from ..model.modeling import VReflectionForConditionalGeneration
-from .config import FreeRunningSettings, OptimizerSettings, TrainSettings
-from .free_running import choose_samples, roll_out
+from .arguments import parameter_groups
+from .checkpoints import CheckpointingTrainer
+from .free_running import choose_samples, roll_out, rounds_needed
 from .gauges import latent_gauges
+from .guard import SkippableAdamW, StepGuard, StopSignal
+from .loader import TrainData
+from .parallel import agreed_maximum, bind_forward_method, shard_model
+from .settings import TrainSettings
+from .throughput import ThroughputMeter
+
+logger = logging.getLogger(__name__)
 
 HOST_KEYS = ("boxes", "box_sample", "box_image")
 
 
-def training_arguments(settings: TrainSettings) -> TrainingArguments:
-    """The host trainer's arguments, with this package's needs filled in."""
-    known = set(TrainingArguments.__dataclass_fields__)
-    unknown = sorted(set(settings.trainer) - known)
-    if unknown:
-        raise ConfigError(f"trainer: unknown keys {unknown}; see transformers.TrainingArguments")
-    fixed = {
-        "remove_unused_columns": False,
-        "label_names": ["labels"],
-        "seed": settings.seed,
-        "output_dir": settings.output,
-        "learning_rate": settings.optimizer.learning_rate,
-        "weight_decay": settings.optimizer.weight_decay,
-    }
-    clash = sorted(set(fixed) & set(settings.trainer))
-    if clash:
-        raise ConfigError(
-            f"trainer: {clash} have another home: `seed` and `output` at the top level, rates and decay under "
-            "`optimizer`"
-        )
-    defaults = {"report_to": "none", "logging_steps": 10, "save_strategy": "no", "adam_beta2": 0.999}
-    given = {name: as_number(value) for name, value in settings.trainer.items()}
-    for name in ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps"):
-        if name in given and (isinstance(given[name], bool) or not isinstance(given[name], int)):
-            raise ConfigError(f"trainer: {name}: expected an integer, got {given[name]!r}")
-    try:
-        return TrainingArguments(**{**defaults, **fixed, **given})
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"trainer: {error}") from error
+class StopAfterStep(TrainerCallback):
+    """Turns a received stop signal into a checkpoint and the end of training."""
+
+    def __init__(self, trainer: LatentTrainer):
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.trainer.stopping:
+            control.should_save = control.should_training_stop = True
 
 
-def as_number(value: Any) -> Any:
-    """YAML 1.1 reads 1e-5 as a string; the host library does not convert."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return float(value)
-    except ValueError:
-        return value
-
-
-def parameter_groups(model: nn.Module, settings: OptimizerSettings) -> list[dict[str, Any]]:
-    """Trainable parameters by part (language model, teacher, student) and by weight decay."""
-    rates = {
-        "box_feature_resampler": settings.teacher_learning_rate,
-        "student_resampler": settings.student_learning_rate,
-    }
-    no_decay = {
-        f"{name}.{leaf}" if name else leaf
-        for name, module in model.named_modules()
-        for leaf, _ in module.named_parameters(recurse=False)
-        if leaf.endswith("bias") or leaf == "queries" or "norm" in type(module).__name__.lower()
-    }
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        rate = rates.get(name.split(".")[0])
-        rate = settings.learning_rate if rate is None else rate
-        decay = 0.0 if name in no_decay else settings.weight_decay
-        groups.setdefault((rate, decay), []).append(parameter)
-    return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
-
-
-class LatentTrainer(Trainer):
+class LatentTrainer(CheckpointingTrainer, Trainer):
     """Trains one stage or control arm.
 
-    Batches are checked on the host (`BatchLayout`) before anything moves to the device. Each loss part and the collapse
-    gauges are logged as means over the logging interval.
+    Batches are checked on the host (`BatchLayout`) before anything moves to the device. A step's loss weighs every
+    supervised token of all its micro-batches and processes alike, and every box alike in the latent losses, however the
+    step is split. Loss parts and collapse gauges are logged as such means too.
+
+    Args:
+        model: of the stage to train, frozen as the stage asks.
+        args: see `arguments.training_arguments`.
+        settings: rates, curriculum, safety.
+        data: plan of the batches; without it, the host trainer's own loader over `train_dataset`.
+        parallel: see `TrainSettings.parallel`.
     """
 
     def __init__(
         self,
         model: VReflectionForConditionalGeneration,
         args: TrainingArguments,
-        optimizer_settings: OptimizerSettings,
-        free_running: FreeRunningSettings | None = None,
+        settings: TrainSettings,
+        data: TrainData | None = None,
+        parallel: str = "ddp",
+        pad_token_id: int = 0,
         **kwargs,
     ):
+        kwargs.setdefault("train_dataset", data.dataset if data is not None else None)
         super().__init__(model=model, args=args, **kwargs)
         self.latent_config, self.objective = model.config, model.objective
-        self.optimizer_settings = optimizer_settings
+        self.settings, self.data, self.parallel, self.pad_token_id = settings, data, parallel, pad_token_id
         uses_latents = model.config.traits.slot_input == "latents"
-        self.free_running = (free_running if uses_latents else None) or FreeRunningSettings()
-        self.model_accepts_loss_kwargs = False
-        self.pending: dict[str, tuple[torch.Tensor, int]] = {}
+        self.free_share = settings.free_running.share if uses_latents else lambda progress: 0.0
+        # The loss below is already that of the whole step.
+        self.model_accepts_loss_kwargs = True
+        self.pending: dict[str, torch.Tensor] = {}
+        self.guard, self.stop, self.stopping = StepGuard(settings.safety.max_bad_steps), StopSignal(), False
+        self.grad_norm: torch.Tensor | float | None = None
+        self.meter = ThroughputMeter(model, args.device)
+        self.roll_out = MethodType(roll_out, model)
+        self.logged_step = 0
+        self.add_callback(StopAfterStep(self))
+
+    def train(self, *args, **kwargs):
+        with self.stop.listening():
+            return super().train(*args, **kwargs)
+
+    def get_train_dataloader(self) -> DataLoader:
+        if self.data is None:
+            return super().get_train_dataloader()
+        count = self.args.max_steps * self.args.gradient_accumulation_steps
+        return self.data.loader(
+            count,
+            self.args.process_index,
+            self.args.world_size,
+            self.args.dataloader_num_workers,
+            self.pad_token_id,
+            pin=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
+        )
 
     def create_optimizer(self, *args, **kwargs):
         if self.optimizer is None:
-            groups = parameter_groups(self.model, self.optimizer_settings)  # pyright: ignore[reportArgumentType]
+            groups = parameter_groups(self.model, self.settings.optimizer)  # pyright: ignore[reportArgumentType]
             betas = (self.args.adam_beta1, self.args.adam_beta2)
-            self.optimizer = torch.optim.AdamW(groups, betas=betas, eps=self.args.adam_epsilon)
+            fused = self.args.device.type == "cuda" or None
+            self.optimizer = SkippableAdamW(groups, betas=betas, eps=self.args.adam_epsilon, fused=fused)
         return self.optimizer
 
-    def _prepare_inputs(self, inputs):
-        layout = BatchLayout.from_batch(
+    def _prepare_for_training(self, *args, **kwargs):
+        if self.parallel == "fsdp2":
+            shard_model(self.model, self.args.device, self.args.bf16)  # pyright: ignore[reportArgumentType]
+            # Sharded already; the default would replicate it on top.
+            self.accelerator.prepare_model = lambda model, *_, **__: model
+            self.roll_out = bind_forward_method(self.model, "latent_roll_out", roll_out)
+        self.logged_step = self.state.global_step
+        return super()._prepare_for_training(*args, **kwargs)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """A step's micro-batches, and its supervised positions and boxes on all processes together."""
+        batches = []
+        for _ in range(num_batches):
+            batch = next(epoch_iterator, None)
+            if batch is None:
+                break
+            batch["layout"] = self.layout(batch, device)
+            # Its place in the whole run, however steps are split over processes.
+            place = self.state.global_step * num_batches + len(batches)
+            batch["number"] = place * self.args.world_size + self.args.process_index
+            batches.append(batch)
+        counts = torch.tensor([b["layout"].counts for b in batches], dtype=torch.float64).reshape(-1, 2).sum(0)
+        counts = counts.to(device, torch.float32)
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(counts)
+        return batches, counts
+
+    def layout(self, batch: dict[str, Any], device) -> BatchLayout:
+        return BatchLayout.from_batch(
             self.latent_config,
-            inputs["input_ids"],
-            inputs.get("labels"),
-            inputs.get("image_grid_thw"),
-            *(inputs.get(key) for key in HOST_KEYS),
-            device=self.args.device,
+            batch["input_ids"],
+            batch.get("labels"),
+            batch.get("image_grid_thw"),
+            *(batch.get(key) for key in HOST_KEYS),
+            cu_seqlens=batch.get("cu_seqlens"),
+            device=device,
             ce_on_latent_slots=self.objective.ce_on_latent_slots,
         )
-        prepared = super()._prepare_inputs({k: v for k, v in inputs.items() if k not in HOST_KEYS})
-        return {**prepared, "layout": layout}
+
+    def _prepare_inputs(self, inputs):
+        layout = inputs.get("layout") or self.layout(inputs, self.args.device)
+        kept = {key: value for key, value in inputs.items() if key not in (*HOST_KEYS, "sources", "layout")}
+        return {**super()._prepare_inputs(kept), "layout": layout}  # pyright: ignore
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        sources = inputs.get("sources", [])
+        self.meter.note(inputs)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.guard.note(loss, sources)
+        return torch.nan_to_num(loss, 0.0, 0.0, 0.0)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        inputs = {**inputs, **self.free_running_inputs(model, inputs), "alignment_step": self.state.global_step}
-        output = model(**inputs)
+        layout: BatchLayout = inputs["layout"]
+        shares = None
+        if num_items_in_batch is not None:
+            own = torch.tensor(layout.counts, dtype=torch.float32).to(layout.targets_S.device, non_blocking=True)
+            # Gradients are averaged over processes.
+            shares = own / num_items_in_batch.clamp(min=1) * self.args.world_size
+        number = inputs.pop("number", self.state.global_step)
+        inputs = {**inputs, **self.free_running_inputs(model, inputs, number)}
+        output = model(**inputs, alignment_step=self.state.global_step, loss_shares=shares)
         if model.training:
-            self.note(output)
+            self.note(output, shares)
         return (output.loss, output) if return_outputs else output.loss
 
-    def free_running_inputs(self, model, inputs) -> dict[str, torch.Tensor | None]:
+    def free_running_inputs(self, model, inputs, number: int) -> dict[str, torch.Tensor | None]:
         """`slot_inputs` and `free_running` of this step, or nothing; the visual tokens go on to the training pass."""
-        share = self.free_running.share(self.state.global_step / max(self.state.max_steps, 1))
+        share = self.free_share(self.state.global_step / max(self.state.max_steps, 1))
         layout: BatchLayout = inputs["layout"]
-        if not share or not len(layout.boxes):
+        if not share:
             return {}
-        chosen = choose_samples(
-            inputs["input_ids"].shape[0], share, self.args.seed, self.state.global_step, self.args.process_index
-        )
-        if not chosen.any():
+        samples = len(layout.sequence_lengths or inputs["input_ids"])
+        chosen = choose_samples(samples, share, self.args.seed, number)
+        # A sharded model is run by all processes or none.
+        rounds = rounds_needed(layout, chosen)
+        if self.parallel == "fsdp2":
+            rounds = agreed_maximum(rounds, self.args.device)
+        if not rounds:
             return {}
         core = self.accelerator.unwrap_model(model)
         with self.accelerator.autocast():
             tokens = core.batch_tokens(
                 inputs.get("pixel_values"), inputs.get("image_features"), inputs.get("image_grid_thw")
             )
-            slot_inputs, free = roll_out(
-                core, inputs["input_ids"], inputs["position_ids"], tokens, layout, chosen
+            slot_inputs, free = self.roll_out(
+                inputs["input_ids"], inputs["position_ids"], tokens, layout, chosen, rounds
             )  # fmt: skip
         return {"slot_inputs": slot_inputs, "free_running": free, "image_features": tokens, "pixel_values": None}
 
-    def note(self, output) -> None:
+    def _clip_grad_norm(self, model):
+        return whole(super()._clip_grad_norm(model))
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        self.grad_norm = whole(super()._get_grad_norm(model, grad_norm))
+        self.decide_step()
+        return self.grad_norm
+
+    def decide_step(self) -> None:
+        """Take or skip the coming optimizer step, on all processes alike."""
+        stop = self.stop.received is not None
+        skip, self.stopping = self.guard.decide(self.grad_norm, stop, self.state.global_step + 1)
+        optimizer = self._plain_optimizer()
+        if skip and isinstance(optimizer, SkippableAdamW):
+            optimizer.skip_next = True
+
+    def note(self, output, shares: torch.Tensor | None) -> None:
         """Remember loss parts and gauges as device tensors; they are read only when logged."""
-        values = {name: value.detach() for name, value in output.losses.items()}
-        if output.teacher_latents is not None:
-            values |= {f"teacher_{k}": v for k, v in latent_gauges(output.teacher_latents).items()}
-        if output.student_latents is not None:
-            values |= {f"student_{k}": v for k, v in latent_gauges(output.student_latents).items()}
-        for name, value in values.items():
-            total, count = self.pending.get(name, (0.0, 0))
-            self.pending[name] = (total + value, count + 1)
+        shares = torch.ones(2, device=output.loss.device) if shares is None else shares / self.args.world_size
+        zero = torch.zeros((), device=output.loss.device)
+        values = {name: (value.detach(), name == "cross_entropy") for name, value in output.losses.items()}
+        traits = self.latent_config.traits
+        for part, latents in (("teacher", output.teacher_latents), ("student", output.student_latents)):
+            if not getattr(traits, part):
+                continue
+            found = latent_gauges(latents) if latents is not None else {}
+            for name in ("std_over_samples", "query_diversity"):
+                values[f"{part}_{name}"] = (found.get(name, zero), False)
+        for name, (value, per_token) in values.items():
+            weighted = torch.nan_to_num(value.float(), 0.0, 0.0, 0.0) * shares[0 if per_token else 1]
+            self.pending[name] = self.pending.get(name, zero) + weighted
 
     def log(self, logs, *args, **kwargs):
         if "loss" in logs:
-            logs = {**logs, **{name: float(total) / count for name, (total, count) in self.pending.items()}}
+            steps = max(self.state.global_step - self.logged_step, 1)
+            self.logged_step = self.state.global_step
+            names = sorted(self.pending)
+            values = torch.stack([self.pending[name] for name in names]) if names else torch.zeros(0)
+            if dist.is_available() and dist.is_initialized():
+                dist.all_reduce(values)
             self.pending = {}
+            logs = {**logs, **{name: float(value) / steps for name, value in zip(names, values.tolist())}}
+            logs |= self.meter.read()
+            if self.guard.skipped:
+                logs["skipped_steps"] = self.guard.skipped
+        # Curves of steps that were skipped have no value; tools that read them need numbers.
+        logs = {key: value for key, value in logs.items() if not (isinstance(value, float) and math.isnan(value))}
         return super().log(logs, *args, **kwargs)
+
+
+def whole(norm):
+    """A sharded norm as a plain number's tensor."""
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
