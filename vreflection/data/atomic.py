@@ -9,11 +9,15 @@ from typing import BinaryIO
 
 
 @contextmanager
-def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
-    """A new binary file that takes the place of `path`, synced to disk, when the block ends without an error.
+def atomic_write(path: str | Path, sync: bool = True) -> Iterator[BinaryIO]:
+    """A new binary file that takes the place of `path` when the block ends without an error.
 
     Several processes may write the same path at once; the last one to finish wins, and readers of an earlier file keep
     theirs. After an error or an interrupt `path` is as before and nothing else is left.
+
+    Args:
+        path: file to write.
+        sync: wait until the content is on disk, so that a power cut cannot leave an empty file of that name.
 
     Raises:
         OSError: the folder is missing, not writable or full.
@@ -24,12 +28,14 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
         with open(partial, "xb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         os.replace(partial, path)
     finally:
         with suppress(FileNotFoundError):
             partial.unlink()
-    _sync_folder(path.parent)
+    if sync:
+        _sync_folder(path.parent)
 
 
 def _sync_folder(folder: Path) -> None:

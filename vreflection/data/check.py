@@ -1,9 +1,8 @@
 """Checking every row of a data file before a run depends on it: text, boxes, and images down to the last pixel."""
 
 import json
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 from vreflection.data.atomic import atomic_write
 from vreflection.data.clean_index import is_clean_index, write_clean_index
 from vreflection.data.images import image_size, open_image
+from vreflection.data.in_order import in_order
 from vreflection.data.rows import Rows
 from vreflection.errors import DataError
 
@@ -137,7 +137,7 @@ def check_rows(
     seen = _SeenImages(decode)
     report = CheckReport()
     starts = range(0, len(rows), _CHUNK)
-    for start, findings in zip(starts, _in_order(workers, lambda at: _check_chunk(rows, at, seen), starts)):
+    for start, findings in zip(starts, in_order(workers, lambda at: _check_chunk(rows, at, seen), starts)):
         for offset, finding in enumerate(findings):
             report.add(start + offset, finding)
         if on_progress is not None:
@@ -210,21 +210,6 @@ class _SeenImages:
         if isinstance(found, DataError):
             raise DataError(found.reason, found.message, source)
         return found
-
-
-def _in_order(workers: int, work: Callable[[int], Any], starts: Sequence[int]) -> Iterator[Any]:
-    """Results of `work` in order, a few units ahead of the reader, so that memory stays bounded."""
-    pool = ThreadPoolExecutor(workers)
-    waiting: deque[Future[Any]] = deque()
-    try:
-        for start in starts:
-            if len(waiting) == 4 * workers:
-                yield waiting.popleft().result()
-            waiting.append(pool.submit(work, start))
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _distribution(values: np.ndarray) -> dict[str, float]:
