@@ -35,6 +35,7 @@ BAD_ROWS = {
     "not-an-image": {"image": "notes/text.png"},
     "image-too-large": {"image": "notes/huge.png"},
     "image-aspect": {"image": "notes/thin.png"},
+    "image-depth": {"image": "notes/float.tiff"},
     "image-corrupt": {"image": "notes/cut.png"},
     "box-shape": {"bboxes": [0, 0, 1, 1]},
     "box-nan": {"bboxes": [[0, 0, float("inf"), 1]]},
@@ -55,6 +56,7 @@ def images(image_folder, tmp_path):
     (notes / "cut.png").write_bytes((notes / "a.png").read_bytes()[:2000])
     (tmp_path / "outside.png").write_bytes((notes / "a.png").read_bytes())
     (notes / "link.png").symlink_to(tmp_path / "outside.png")
+    Image.new("F", (5, 5)).save(notes / "float.tiff")
     Image.new("1", (201, 1)).save(notes / "thin.png")
     Image.new("1", (10_000, 9_000)).save(notes / "huge.png")
     return image_folder

@@ -1,6 +1,7 @@
 import struct
 import zlib
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -65,6 +66,18 @@ def test_bombs_are_refused_before_decoding(tmp_path):
 def test_extreme_aspect_ratio(tmp_path):
     reason, message = failing(tmp_path, png(201, 1, bytes(604)))
     assert reason == "image-aspect" and "factor of 200" in message and "201x1" in message
+
+
+def test_sixteen_bits_keep_their_greys_and_deeper_images_are_refused(tmp_path):
+    greys = np.array([[0, 128, 32768, 65535]], dtype=np.uint16)
+    for name in ("x.png", "x.tiff"):
+        Image.fromarray(greys).save(tmp_path / name)
+        assert np.asarray(open_image(tmp_path / name)).tolist() == [[[0] * 3, [0] * 3, [128] * 3, [255] * 3]]
+    for dtype in (np.int32, np.float32):
+        Image.fromarray(greys.astype(dtype)).save(tmp_path / "x.tiff")
+        with pytest.raises(DataError, match="expected 8 or 16 bits per channel, got mode [IF]; scale it") as caught:
+            open_image(tmp_path / "x.tiff")
+        assert caught.value.reason == "image-depth"
 
 
 def test_modes_become_rgb_and_transparency_white(tmp_path):

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from vreflection.data import row_index
+from vreflection.data.collate import Collator
+from vreflection.data.encode import LatentDataset
 from vreflection.data.row_index import INDEX_SUFFIX
 from vreflection.data.rows import open_rows
 from vreflection.data.visual_cot import read_visual_cot
@@ -186,6 +188,16 @@ SILENT = [{"from": "human", "value": "?"}, {"from": "gpt", "value": "!"}]
 
 def as_text(values):
     return [None if value is None else json.dumps(value) for value in values]
+
+
+def test_rows_of_text_train_beside_rows_with_images(write_rows, image_folder, row, processor):
+    rows = [row(image=None, bboxes=[], conversations=SILENT), row(conversations=TURNS)]
+    dataset = LatentDataset(open_rows(write_rows(rows), image_folder), processor)
+    batch = Collator(processor.token_ids.pad)([dataset[0], dataset[1]])
+    assert batch["image_grid_thw"].tolist() == [[1, 8, 6]] and batch["box_sample"].tolist() == [1]
+    text_only = Collator(processor.token_ids.pad)([dataset[0]])
+    assert "pixel_values" not in text_only and len(text_only["image_grid_thw"]) == 0
+    assert (text_only["labels"] >= 0).any()
 
 
 @pytest.mark.parametrize("spelling", [list, as_text], ids=["nested", "text"])

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
+import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from vreflection.errors import DataError
@@ -47,7 +48,7 @@ def open_image(path: str | Path, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Im
 
     Raises:
         DataError: `image-missing`, `image-empty` (no bytes or zero size), `not-an-image`, `image-too-large`,
-            `image-aspect`, or `image-corrupt` (broken or cut off).
+            `image-aspect`, `image-depth`, or `image-corrupt` (broken or cut off).
     """
     with _opened(Path(path), max_pixels) as image:
         image.load()
@@ -113,7 +114,20 @@ def check_image_size(width: int, height: int, name: str, max_pixels: int = MAX_I
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Copy of an image in RGB; transparent pixels show white."""
+    """Copy of an image in RGB; transparent pixels show white, 16-bit grey is scaled to 8 bits.
+
+    Raises:
+        DataError: `image-depth` for 32-bit integers and floats, whose white is unknown.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        # The library's own conversion would cut every value above 255 to white.
+        grey_HW = np.asarray(image).astype(np.uint32)
+        return Image.fromarray(((grey_HW * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise DataError(
+            "image-depth",
+            f"expected 8 or 16 bits per channel, got mode {image.mode}; scale it to 8 bits and save again",
+        )
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         white = Image.new("RGB", rgba.size, (255, 255, 255))

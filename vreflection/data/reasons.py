@@ -18,6 +18,7 @@ ROW_REASONS: dict[str, str] = {
     "not-an-image": "the file is of no supported image format",
     "image-too-large": "more pixels than any real picture; not decoded",
     "image-aspect": "one side is more than 200 times the other",
+    "image-depth": "32-bit integer or float pixels, whose white is unknown (seen only when it is decoded)",
     "image-corrupt": "the image is cut off or broken (seen only when it is decoded)",
     "box-shape": "bboxes is not a list of four numbers each",
     "box-nan": "a coordinate is not finite",
