@@ -161,11 +161,6 @@ def _read(cache: Path, key: str) -> SampleLengths | None:
 def _write(cache: Path, key: str, measured: SampleLengths) -> None:
     errors = json.dumps([(error.reason, error.message, error.source) for error in measured.dropped])
     cache.parent.mkdir(parents=True, exist_ok=True)
+    stored = {"key": np.array(key), "tokens": measured.tokens, "dropped": np.array(errors)}
     with atomic_write(cache) as file:
-        np.savez(
-            file,
-            key=np.array(key),
-            tokens=measured.tokens,
-            clamped=np.array(measured.clamped),
-            dropped=np.array(errors),
-        )
+        np.savez(file, clamped=np.array(measured.clamped), **stored)

@@ -73,7 +73,7 @@ def newest_checkpoint(folder: str | Path) -> Path:
 class CheckpointingTrainer(Base):
     """The saving and loading half of `LatentTrainer`.
 
-    A checkpoint that cannot be written (a full disk) is reported and removed; the earlier ones stay and training goes on.
+    A checkpoint that cannot be written (a full disk) is reported and removed; earlier ones stay and training goes on.
     """
 
     save_extras: Callable[[Path], None] | None = None

@@ -17,7 +17,8 @@ from .values import build
 def load_settings(path: str | Path, overrides: list[str] | None = None) -> TrainSettings:
     """Settings from a YAML file and `key=value` overrides (dotted keys, YAML values).
 
-    A bare name, such as `stage1_7b`, stands for the file of that name that ships with the package. A file with `extends: other.yaml` starts from that file (a path relative to its own) and changes what it names.
+    A bare name, such as `stage1_7b`, stands for the file of that name that ships with the package. A file with
+    `extends: other.yaml` starts from that file (a path relative to its own) and changes what it names.
 
     Raises:
         ConfigError: unreadable file, unknown key (with the known ones), or a value of the wrong type.

@@ -8,6 +8,8 @@ Shape suffixes: B boxes (= spans), Q slots per span, D width, L length, N positi
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers import DynamicCache
 
@@ -32,12 +34,29 @@ def rounds_needed(layout: BatchLayout, chosen: torch.Tensor) -> int:
     return int(layout.turns_B[free].max()) + 1 if free.any() else 0
 
 
+def free_running_inputs(
+    model: VReflectionForConditionalGeneration, inputs: dict[str, Any], chosen: torch.Tensor, rounds: int
+) -> dict[str, torch.Tensor | None]:
+    """What to change in a batch so that the chosen samples train on their own states.
+
+    Returns:
+        `slot_inputs` and `free_running` (see `roll_out`), and the visual tokens, so that the vision tower ran once.
+    """
+    tokens = model.batch_tokens(
+        inputs.get("pixel_values"), inputs.get("image_features"), inputs.get("image_grid_thw")
+    )  # fmt: skip
+    states, free = roll_out(
+        model, inputs["input_ids"], inputs["position_ids"], tokens, inputs["layout"], chosen, rounds
+    )
+    return {"slot_inputs": states, "free_running": free, "image_features": tokens, "pixel_values": None}
+
+
 @torch.no_grad()
 def roll_out(
     model: VReflectionForConditionalGeneration,
     input_ids: torch.Tensor,
     position_ids: torch.Tensor,
-    tokens_TD: torch.Tensor,
+    tokens_TD: torch.Tensor | None,
     layout: BatchLayout,
     chosen: torch.Tensor,
     rounds: int | None = None,
@@ -66,9 +85,8 @@ def roll_out(
         for turn in range(rounds):
             active = (free & (turns == turn)).nonzero()[:, 0].to(input_ids.device)
             if not len(active):
-                roll_out_spans(
-                    model, flat, positions, flat.new_ones(1, 1).long(), flat.new_zeros(1).long(), rehearsal=True
-                )
+                nowhere = turns.new_zeros(1).to(flat.device)
+                roll_out_spans(model, flat, positions, nowhere[:, None] + 1, nowhere, rehearsal=True)
                 continue
             slots = layout.slot_index_BQ[active]
             inputs_BQD[active] = roll_out_spans(model, flat, positions, slots, starts[active])

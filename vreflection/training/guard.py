@@ -100,8 +100,8 @@ class StepGuard:
         if self.bad_in_a_row >= self.max_bad_steps:
             raise TrainingError(
                 f"{self.bad_in_a_row} steps in a row had a loss or gradient that is not finite (the last is step "
-                f"{step}); the log names the rows. Lower the learning rate, check these rows, or resume from an earlier "
-                "checkpoint"
+                f"{step}); the log names the rows. Lower the learning rate, check these rows, or resume from an "
+                "earlier checkpoint"
             )
         return skip, stopping
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -12,10 +14,17 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, TrainingError
+from .checkpoints import checkpoints_in
 from .settings import TrainSettings
 
 logger = logging.getLogger(__name__)
+
+# How gloo and NCCL say that the other side is gone.
+LOST_PEER = (
+    "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "timed out",
+    "remote process exited", "Socket Timeout",
+)  # fmt: skip
 
 
 def world_size() -> int:
@@ -83,6 +92,27 @@ def bind_forward_method(model: nn.Module, name: str, function: Callable[..., Any
 
         register_fsdp_forward_method(model, name)
     return getattr(model, name)
+
+
+@contextmanager
+def lost_peers_explained(output: Path) -> Iterator[None]:
+    """Say what happened when another process of the job died, instead of what its silence broke here.
+
+    Raises:
+        TrainingError: a collective failed because a process is gone.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if world_size() == 1 or not any(sign in str(error) for sign in LOST_PEER):
+            raise
+        saved = checkpoints_in(output)
+        kept = f"the newest checkpoint is {saved[-1].name}; go on with --resume" if saved else "nothing was saved yet"
+        first = str(error).splitlines()[0][:200]
+        raise TrainingError(
+            f"another process of this job ended (its own log says why), and rank {os.environ.get('RANK')} cannot go on "
+            f"without it: {kept}. [{first}]"
+        ) from error
 
 
 def agreed_maximum(value: int, device: torch.device) -> int:

@@ -26,7 +26,7 @@ from .arguments import training_arguments
 from .checkpoints import newest_checkpoint
 from .config import settings_dict
 from .loader import plan_data, run_length
-from .parallel import is_main_process, resolve_parallel
+from .parallel import is_main_process, lost_peers_explained, resolve_parallel
 from .settings import TrainSettings
 from .trainer import LatentTrainer
 
@@ -68,9 +68,7 @@ def check_start(settings: TrainSettings, parallel: str) -> None:
     if not settings.output:
         raise ConfigError("output: expected a folder for the checkpoint, got none; --set output=<folder>")
     if settings.lora.rank and parallel != "ddp":
-        raise ConfigError(
-            f"lora: adapters are trained with parallel=ddp, got {parallel!r}; the base model is not sharded"
-        )
+        raise ConfigError(f"lora: expected parallel=ddp (the base model is not sharded), got {parallel!r}")
     if settings.gauges.every and not settings.data.held_out:
         raise ConfigError("gauges.every: needs held-out rows; --set data.held_out=64, or a file of such rows")
 
@@ -180,7 +178,8 @@ def run_training(
     if on_step is not None:
         trainer.remove_callback(PrinterCallback)
     first_step = 0 if resume_from is None else int(resume_from.name.rpartition("-")[2])
-    outcome = trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
+    with lost_peers_explained(Path(settings.output)):
+        outcome = trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
     steps = max(trainer.state.global_step - first_step, 1)
     if report is not None:
         report.merge(data.report)

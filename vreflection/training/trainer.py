@@ -16,7 +16,7 @@ from ..model.layout import BatchLayout
 from ..model.modeling import VReflectionForConditionalGeneration
 from .arguments import parameter_groups
 from .checkpoints import CheckpointingTrainer
-from .free_running import choose_samples, roll_out, rounds_needed
+from .free_running import choose_samples, free_running_inputs, rounds_needed
 from .gauges import latent_gauges
 from .guard import SkippableAdamW, StepGuard, StopSignal
 from .loader import TrainData
@@ -77,7 +77,7 @@ class LatentTrainer(CheckpointingTrainer, Trainer):
         self.guard, self.stop, self.stopping = StepGuard(settings.safety.max_bad_steps), StopSignal(), False
         self.grad_norm: torch.Tensor | float | None = None
         self.meter = ThroughputMeter(model, args.device)
-        self.roll_out = MethodType(roll_out, model)
+        self.run_free = MethodType(free_running_inputs, model)
         self.logged_step = 0
         self.add_callback(StopAfterStep(self))
 
@@ -111,7 +111,7 @@ class LatentTrainer(CheckpointingTrainer, Trainer):
             shard_model(self.model, self.args.device, self.args.bf16)  # pyright: ignore[reportArgumentType]
             # Sharded already; the default would replicate it on top.
             self.accelerator.prepare_model = lambda model, *_, **__: model
-            self.roll_out = bind_forward_method(self.model, "latent_roll_out", roll_out)
+            self.run_free = bind_forward_method(self.model, "free_running_inputs", free_running_inputs)
         self.logged_step = self.state.global_step
         return super()._prepare_for_training(*args, **kwargs)
 
@@ -185,15 +185,8 @@ class LatentTrainer(CheckpointingTrainer, Trainer):
             rounds = agreed_maximum(rounds, self.args.device)
         if not rounds:
             return {}
-        core = self.accelerator.unwrap_model(model)
         with self.accelerator.autocast():
-            tokens = core.batch_tokens(
-                inputs.get("pixel_values"), inputs.get("image_features"), inputs.get("image_grid_thw")
-            )
-            slot_inputs, free = self.roll_out(
-                inputs["input_ids"], inputs["position_ids"], tokens, layout, chosen, rounds
-            )  # fmt: skip
-        return {"slot_inputs": slot_inputs, "free_running": free, "image_features": tokens, "pixel_values": None}
+            return self.run_free(inputs, chosen, rounds)
 
     def _clip_grad_norm(self, model):
         return whole(super()._clip_grad_norm(model))
