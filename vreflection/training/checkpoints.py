@@ -11,13 +11,16 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -117,8 +120,8 @@ class CheckpointingTrainer(Base):
         for task in tasks:
             try:
                 task()
-            # Full disks come as OSError, SafetensorError or RuntimeError, depending on the writer.
-            except Exception as failure:
+            # Full disks come as OSError, SafetensorError, RuntimeError or torch's own, depending on the writer.
+            except (Exception, CheckpointException) as failure:
                 error = error or f"{type(failure).__name__}: {str(failure).splitlines()[0] if str(failure) else ''}"
         failed = any_rank(torch.tensor([bool(error)], device=self.args.device))[0]
         return (error or "another process could not write its part") if failed else ""
@@ -163,7 +166,8 @@ class CheckpointingTrainer(Base):
 
     def _save_optimizer(self, folder: Path) -> None:
         state = get_optimizer_state_dict(self._core(), self._plain_optimizer())
-        dcp.save({"optimizer": state}, checkpoint_id=folder / OPTIMIZER, **single())
+        with one_process_is_meant() as options:
+            dcp.save({"optimizer": state}, checkpoint_id=folder / OPTIMIZER, **options)
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), folder / SCHEDULE)
 
@@ -184,8 +188,9 @@ class CheckpointingTrainer(Base):
         model, optimizer = self._core(), self._plain_optimizer()
         state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
         try:
-            dcp.load(state, checkpoint_id=Path(checkpoint) / OPTIMIZER, **single())
-        except Exception as error:
+            with one_process_is_meant() as options:
+                dcp.load(state, checkpoint_id=Path(checkpoint) / OPTIMIZER, **options)
+        except (Exception, CheckpointException) as error:
             raise CheckpointError(
                 f"{checkpoint}: the optimizer's state does not load ({error}); was it made with other trainable parts?"
             ) from error
@@ -219,6 +224,12 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def single() -> dict[str, bool]:
-    """Tells the distributed format that one process writes or reads everything."""
-    return {} if dist.is_available() and dist.is_initialized() else {"no_dist": True}
+@contextmanager
+def one_process_is_meant() -> Iterator[dict[str, bool]]:
+    """Options of torch's distributed format; a run of one process is not worth its warning."""
+    if dist.is_available() and dist.is_initialized():
+        yield {}
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield {"no_dist": True}
