@@ -8,6 +8,7 @@ from PIL import Image
 import vreflection.data
 from vreflection.data import check as check_module
 from vreflection.data.check import check_rows, write_check
+from vreflection.data.images import _FOLDERS
 from vreflection.data.reasons import ROW_REASONS
 from vreflection.data.rows import open_rows
 from vreflection.errors import DataError
@@ -202,3 +203,11 @@ def test_a_data_file_that_changes_during_the_check_gives_no_clean_index(images, 
     with pytest.raises(DataError, match="expected the file that was checked, got another version"):
         write_check(tmp_path / "rows.clean", report, rows, images)
     assert not (tmp_path / "rows.clean").exists()
+
+
+def test_the_documentation_lists_reasons_and_folders_as_the_code_has_them():
+    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    reasons = [f"| `{reason}` | {meaning.replace('|', '&#124;')} |" for reason, meaning in ROW_REASONS.items()]
+    assert "\n".join(["| reason | what is wrong |", "|---|---|", *reasons]) + "\n\n" in text
+    folders = [f"| {name} | {', '.join(f'`{folder}`' for folder in places)} |" for name, places in _FOLDERS.items()]
+    assert "\n".join(["| dataset | folders below the image folder |", "|---|---|", *folders]) + "\n\n" in text
