@@ -293,14 +293,23 @@ class LatentDataset(Dataset[EncodedSample]):
         """The samples of one batch."""
         if not self.skip_unusable:
             return [self.encode(index) for index in indices]
-        usable = [sample for index in indices if (sample := self._encode_or_drop(index)) is not None]
-        if usable:
+        if usable := self.usable(indices):
             return usable
         for step in range(1, len(self.samples)):
             sample = self._encode_or_drop((indices[-1] + step) % len(self.samples))
             if sample is not None:
                 return [sample]
         raise DataError("no-rows", f"none of the {len(self.samples)} samples is usable; the log says why for each")
+
+    def usable(self, indices: Sequence[int]) -> list[EncodedSample]:
+        """Those of the samples that can be used; the others are logged."""
+        return [sample for index in indices if (sample := self._encode_or_drop(index)) is not None]
+
+    def with_samples(self, samples: Sequence[Sample]) -> "LatentDataset":
+        """The same settings over other samples, whose images are decoded."""
+        return LatentDataset(
+            samples, self.processor, self.slot_style, num_latents=self.num_latents, max_length=self.max_length
+        )
 
     def _encode_or_drop(self, index: int) -> EncodedSample | None:
         if index in self.dropped:
@@ -319,12 +328,12 @@ class LatentDataset(Dataset[EncodedSample]):
             sample,
             self.processor,
             self.slot_style,
-            None if self.feature_cache is None else [self._cached(path, sample.source) for path in sample.image_paths],
+            None if self.feature_cache is None else [self.cached(path, sample.source) for path in sample.image_paths],
             num_latents=self.num_latents,
             max_length=self.max_length,
         )
 
-    def _cached(self, path: str, source: str) -> ImageTokens:
+    def cached(self, path: str, source: str) -> ImageTokens:
         assert self.feature_cache is not None
         try:
             return self.feature_cache[path]

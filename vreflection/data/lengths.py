@@ -107,7 +107,7 @@ def measure_sample(dataset: LatentDataset, index: int) -> tuple[int, int]:
 
 def _grids(dataset: LatentDataset, sample: Sample) -> list[tuple[int, ...]]:
     if dataset.feature_cache is not None:
-        return [tuple(int(v) for v in dataset._cached(path, sample.source)[1]) for path in sample.image_paths]
+        return [tuple(int(v) for v in dataset.cached(path, sample.source)[1]) for path in sample.image_paths]
     try:
         return [dataset.processor.image_grid(*image_size(path)) for path in sample.image_paths]
     except DataError as error:

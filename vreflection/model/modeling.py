@@ -6,6 +6,7 @@ positions.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +27,7 @@ from .checkpoint import CheckpointMixin
 from .config import STAGES, VReflectionConfig
 from .generation import LatentGenerationMixin
 from .layout import BatchLayout
-from .packed_attention import PACKED_ATTENTION
+from .packed_attention import PACKED_ATTENTION, Sequences
 
 
 @dataclass
@@ -36,7 +37,8 @@ class VReflectionOutput(ModelOutput):
     Attributes:
         loss: weighted total, float32 scalar.
         losses: unweighted parts: `cross_entropy`, and by stage `latent_alignment`, `latent_mse`, `attention_kl`.
-        logits: `(S, V)` at supervised positions, or `(batch, L, V)` with `all_logits=True`.
+        logits: `(S, V)` at supervised positions, or `(batch, L, V)` with `all_logits=True`; `None` in training with
+            `fused_cross_entropy`, which never makes them.
         last_hidden_state: `(batch, L, D)` after the final norm.
         teacher_latents, student_latents: `(B, Q, D)` or `None`.
     """
@@ -47,6 +49,10 @@ class VReflectionOutput(ModelOutput):
     last_hidden_state: torch.Tensor | None = None
     teacher_latents: torch.Tensor | None = None
     student_latents: torch.Tensor | None = None
+
+
+# (weight of the head (V, D), hidden states (S, D), targets (S,)) -> mean cross-entropy.
+FusedCrossEntropy = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass
@@ -84,6 +90,7 @@ class VReflectionForConditionalGeneration(CheckpointMixin, LatentGenerationMixin
         if traits.student:
             self.student_resampler = DynamicAutoregressiveCompression(width, config.resampler_num_heads)
         self.objective = LatentObjective.for_stage(config.stage)
+        self.fused_cross_entropy: FusedCrossEntropy | None = None
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -255,7 +262,7 @@ class VReflectionForConditionalGeneration(CheckpointMixin, LatentGenerationMixin
             return {"attention_mask": attention_mask}
         if self.config.get_text_config()._attn_implementation == PACKED_ATTENTION:
             # A mapping is taken as it is: no mask of the whole row is made.
-            return {"attention_mask": {"full_attention": None}, "sequence_lengths": layout.sequence_lengths}
+            return {"attention_mask": {"full_attention": None}, "sequences": Sequences(layout.sequence_lengths)}
         return {"attention_mask": None}
 
     def batch_tokens(self, pixel_values, image_features, image_grid_thw) -> torch.Tensor | None:
@@ -304,10 +311,13 @@ class VReflectionForConditionalGeneration(CheckpointMixin, LatentGenerationMixin
         """Loss parts and their weighted sum; see `LatentObjective`."""
         flat, objective = hidden.flatten(0, 1), self.objective
         token_share, box_share = (1.0, 1.0) if loss_shares is None else loss_shares.unbind()
-        logits = self.lm_head(flat.index_select(0, layout.supervised_index_S))
-        output = VReflectionOutput(logits=logits, last_hidden_state=hidden)
+        rows, output = flat.index_select(0, layout.supervised_index_S), VReflectionOutput(last_hidden_state=hidden)
+        if supervised and self.training and self.fused_cross_entropy is not None and len(rows):
+            parts = {"cross_entropy": self.fused_cross_entropy(self.lm_head.weight, rows, layout.targets_S)}
+        else:
+            output.logits = self.lm_head(rows)
+            parts = {"cross_entropy": supervised_cross_entropy(output.logits, layout.targets_S)} if supervised else {}
         if supervised:
-            parts = {"cross_entropy": supervised_cross_entropy(logits, layout.targets_S)}
             total = token_share * parts["cross_entropy"]
             if teacher is not None:
                 output.teacher_latents = teacher.latents_BQD

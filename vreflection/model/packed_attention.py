@@ -8,6 +8,7 @@ Shape suffixes: H query heads, G key/value heads, L length of the row, E head wi
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import groupby
 
 import torch
@@ -17,6 +18,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 PACKED_ATTENTION = "vreflection_packed"
+
+
+@dataclass(frozen=True, eq=False)
+class Sequences:
+    """Tokens of each packed sequence. An object, so that compiled layers do not take the numbers for constants."""
+
+    lengths: tuple[int, ...]
 
 
 def packed_attention(
@@ -81,14 +89,19 @@ def host_attention(
     attention_mask,
     dropout: float = 0.0,
     scaling: float | None = None,
-    sequence_lengths: tuple[int, ...] | None = None,
+    sequences: Sequences | None = None,
     **kwargs,
 ):
     """The host library's attention signature around `packed_attention`."""
-    if sequence_lengths is None:
+    if sequences is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return packed_attention(query, key, value, sequence_lengths, scale), None
+    return of_sequences(query, key, value, sequences, query.shape[-1] ** -0.5 if scaling is None else scaling), None
+
+
+@torch.compiler.disable
+def of_sequences(query, key, value, sequences: Sequences, scale: float) -> torch.Tensor:
+    """Outside compiled code, which would be built anew for every combination of lengths."""
+    return packed_attention(query, key, value, sequences.lengths, scale)
 
 
 AttentionInterface.register(PACKED_ATTENTION, host_attention)

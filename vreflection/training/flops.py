@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-# Dense bfloat16 peak in flop/s by part of the device's name, from the makers' data sheets (without sparsity).
-PEAKS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
+from .step_time import GPUS
 
 
 def device_peak(device: torch.device) -> float | None:
@@ -16,7 +15,7 @@ def device_peak(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAKS.items() if part in name), None)
+    return next((gpu.peak for part, gpu in GPUS.items() if part in name), None)
 
 
 def step_flops(model: nn.Module, lengths: Sequence[int], supervised: int, patches: int) -> float:

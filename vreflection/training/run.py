@@ -12,21 +12,25 @@ import torch
 import yaml
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
-from ..data.encode import ImageTokens, LatentDataset
+from ..data.encode import EncodedSample, ImageTokens, LatentDataset
+from ..data.feature_store import FeatureStore
 from ..data.rows import open_rows
 from ..data.visual_cot import ReadReport, Sample
-from ..errors import CheckpointError, ConfigError, TrainingError
+from ..errors import CheckpointError, ConfigError, DataError, TrainingError
 from ..model.checkpoint import local_folder
 from ..model.config import STAGES
 from ..model.modeling import VReflectionForConditionalGeneration
 from ..model.packed_attention import PACKED_ATTENTION
 from ..model.processor import VReflectionProcessor
+from .acceleration import accelerate_model
 from .adapters import add_adapters, has_adapters, load_adapters, merge_adapters
 from .arguments import training_arguments
 from .checkpoints import newest_checkpoint
 from .config import settings_dict
-from .loader import plan_data, run_length
+from .features import feature_key, fill_feature_store
+from .loader import TrainData, plan_data, run_length
 from .parallel import is_main_process, lost_peers_explained, resolve_parallel
+from .probe import HeldOutProbe
 from .settings import TrainSettings
 from .trainer import LatentTrainer
 
@@ -169,11 +173,16 @@ def run_training(
     batch_size = args.per_device_train_batch_size
     with args.main_process_first(desc="measuring rows"):
         data = plan_data(dataset, settings.data, batch_size, settings.seed, Path(settings.output))
+    if settings.data.feature_store is not None:
+        use_feature_store(settings.data.feature_store, data, model, processor, args)
     args.max_steps = run_length(data, args)
+    accelerate_model(model, settings, args.device)
     trainer = LatentTrainer(
         model, args, settings, data, parallel, processor.token_ids.pad,
         callbacks=[*(callbacks or []), *([] if on_step is None else [StepProgress(on_step)])],
     )  # fmt: skip
+    if settings.gauges.every:
+        trainer.add_callback(HeldOutProbe(trainer, held_out_samples(dataset, data, settings), settings.gauges.every))
     trainer.save_extras = lambda folder: save_extras(folder, processor, settings)
     if on_step is not None:
         trainer.remove_callback(PrinterCallback)
@@ -194,6 +203,38 @@ def run_training(
         return stopped(result, trainer, settings)
     save_result(trainer, processor, settings)
     return result
+
+
+def held_out_samples(dataset: LatentDataset, data: TrainData, settings: TrainSettings) -> list[EncodedSample]:
+    """The gauges' rows, encoded once; unusable ones are left out."""
+    if isinstance(settings.data.held_out, str):
+        rows = open_rows(settings.data.held_out, check_image_folder(settings))
+        dataset = dataset.with_samples(rows)
+        chosen: Sequence[int] = range(len(rows))
+    else:
+        chosen = data.held_out
+    encoded = dataset.usable(chosen)
+    if not encoded:
+        raise DataError("no-rows", "data.held_out: none of the held-out rows is usable; the log says why for each")
+    return encoded
+
+
+def use_feature_store(
+    folder: str, data: TrainData, model: VReflectionForConditionalGeneration, processor: VReflectionProcessor, args
+) -> None:
+    """Compute the visual tokens that the store lacks, shared among the processes, and read them from then on."""
+    model.model.visual.to(args.device)
+    with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
+        store = FeatureStore(folder, feature_key(model, processor))
+        rows = [*data.plan.indices.tolist(), *data.held_out]
+        paths = {path for row in rows for path in data.dataset.samples[row].image_paths}
+        report = fill_feature_store(store, paths, model, processor, rank=args.process_index, world=args.world_size)
+    for error in report.unusable:
+        logger.warning("image left out (%s): %s", error.reason, error)
+    logger.info("feature store %s: %d images found, %d computed", folder, report.present, report.computed)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    data.dataset.feature_cache = store
 
 
 def stopped(result: TrainResult, trainer: LatentTrainer, settings: TrainSettings) -> TrainResult:
