@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 
 BATCH = 16
 WARM = 0.2  # share of the run after which latents are expected to be used
-# Below these a run is warned about. Working runs of the quickstart's study kept a spread near 0.9 and collapsed ones fell
-# to 0.09; their fed-back latents were worth at least half a nat to the answer, collapsed ones nothing.
+# Beyond these a run is warned about. Working quickstart runs keep a spread near 0.9, collapsed ones fall below 0.1
+# (docs/quickstart.md); the others are round numbers between what works and what does nothing.
 LEAST_SPREAD, LEAST_DIVERSITY, LEAST_SWAP_COST, LEAST_END_RATE, LARGEST_GAP = 0.2, 0.05, 0.02, 0.9, 0.2
 
 
@@ -34,9 +34,9 @@ class HeldOutProbe(TrainerCallback):
     """Measures and logs every `every` steps and at the end, on every process alike.
 
     Logged, over held-out rows: `eval_answer_loss` and `eval_answer_accuracy` (all answer tokens right, given those
-    before) with teacher latents in the slots; with the model's own fed-back states `eval_free_running_loss`, `…accuracy`
-    and `eval_lvr_end_rate`; with another row's fed-back states `eval_swapped_loss`, `…accuracy`; and the spread of the
-    teacher's latents, `eval_std_over_samples` and `eval_query_diversity`.
+    before) with teacher latents in the slots; `eval_free_running_loss`, `…accuracy` and `eval_lvr_end_rate` with the
+    model's own fed-back states; `eval_swapped_loss`, `…accuracy` with another row's; and the spread of the teacher's
+    latents, `eval_std_over_samples` and `eval_query_diversity`.
     """
 
     def __init__(self, trainer: LatentTrainer, samples: Sequence[EncodedSample], every: int):
@@ -99,7 +99,9 @@ class Tally:
         losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")[answer]
         starts = torch.as_tensor(layout.starts, device=targets.device)
         sample = torch.searchsorted(starts, layout.supervised_index_S[answer], right=True) - 1
-        wrong = torch.zeros(len(starts), device=targets.device).index_add_(0, sample, (picks != targets)[answer].float())
+        wrong = torch.zeros(len(starts), device=targets.device).index_add_(
+            0, sample, (picks != targets)[answer].float()
+        )
         self.count(f"{kind}_loss", float(losses.sum()), len(losses))
         self.count(f"{kind}_accuracy", float((wrong == 0).sum()), len(starts))
         if kind == "free_running":
