@@ -4,8 +4,11 @@ Images are used as stored: EXIF orientation is not applied, because the public V
 pixels.
 """
 
+import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
@@ -151,29 +154,37 @@ def resolve_image_path(image_folder: str | Path, dataset: str, name: str) -> Pat
         DataError: `path-escape` (absolute, `..`, or a link that leads outside) or `image-missing`.
     """
     _check_relative(name)
-    root = Path(image_folder).resolve()
+    root = _real_folder(os.path.abspath(image_folder))
     candidates = _candidates(dataset.lower(), name)
     for candidate in candidates:
-        path = root / candidate
+        path = os.path.join(root, candidate)
         try:
-            if not path.is_file():
+            if not stat.S_ISREG(os.stat(path).st_mode):
                 continue
+        except (FileNotFoundError, NotADirectoryError, UnicodeEncodeError):
+            continue
         except OSError as error:
             raise DataError(
                 "image-missing", f"expected a readable path, got {name[:200]!r} ({error}); fix it"
             ) from None
-        if not path.resolve().is_relative_to(root):
+        real = os.path.realpath(path)
+        if os.path.commonpath((root, real)) != root:
             raise DataError(
                 "path-escape",
-                f"expected {name!r} to stay inside {root}, got a link to {path.resolve()}; "
-                "copy the files or move image_folder",
+                f"expected {name!r} to stay inside {root}, got a link to {real}; copy the files or move image_folder",
             )
-        return path
+        return Path(path)
     raise DataError(
         "image-missing",
         f"expected {name!r} of dataset {dataset!r} below {root}, got nothing at {', '.join(candidates)}; "
         "check image_folder",
     )
+
+
+@lru_cache(maxsize=64)
+def _real_folder(folder: str) -> str:
+    """An absolute folder without symbolic links; the same few are asked for with every row."""
+    return os.path.realpath(folder)
 
 
 def _check_relative(name: str) -> None:

@@ -9,9 +9,11 @@ import hashlib
 import json
 import logging
 import os
+import time
 import zlib
 from array import array
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -31,6 +33,8 @@ INDEX_SUFFIX = ".vr-index"
 SMALL_FILE_BYTES = 2**20
 _MAGIC = b"VRINDEX1"
 _END_BYTES = 4096
+# Seconds to wait for another process's index, and between looks.
+_LOCK_WAIT, _LOCK_LOOK = 300.0, 0.05
 _told_folders: set[str] = set()
 
 
@@ -92,14 +96,14 @@ def load_index(path: str | Path, index_folder: str | Path | None = None) -> RowI
     path = Path(path)
     version = fingerprint(path)
     places = index_places(path, index_folder)
-    for place in places:
-        found = _read_index(place, path, version)
-        if found is not None:
-            return found
+    found = _find_index(places, path, version)
+    if found is not None:
+        return found
     if version.size < SMALL_FILE_BYTES and index_folder is None and path.suffix != ".parquet":
         spans_n3, is_meta = _build(path, version, _no_text)
         return RowIndex(spans_n3, is_meta, path, version)
-    return _store(path, version, places)
+    with _one_builder(path):
+        return _find_index(places, path, version) or _store(path, version, places)
 
 
 def index_places(path: Path, index_folder: str | Path | None) -> list[Path]:
@@ -108,8 +112,36 @@ def index_places(path: Path, index_folder: str | Path | None) -> list[Path]:
     elsewhere = f"{path.name}-{digest}{INDEX_SUFFIX}"
     if index_folder is not None:
         return [Path(index_folder) / elsewhere]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vreflection" / "indexes"
-    return [path.with_name(path.name + INDEX_SUFFIX), cache / elsewhere]
+    beside = path.with_name(path.name + INDEX_SUFFIX)
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # a user without a home, as in some containers
+        return [beside]
+    return [beside, cache / "vreflection" / "indexes" / elsewhere]
+
+
+@contextmanager
+def _one_builder(path: Path) -> Iterator[None]:
+    """Let processes that start together build an index one after the other, so that all but one find it.
+
+    The lock is on the data file and ends with its process. Where there are no locks (some network file systems) all
+    build; that is slower, and as safe.
+    """
+    with open(path, "rb") as file, ExitStack() as held:
+        try:
+            import fcntl
+
+            for _ in range(round(_LOCK_WAIT / _LOCK_LOOK)):
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    time.sleep(_LOCK_LOOK)
+                else:
+                    held.callback(fcntl.flock, file, fcntl.LOCK_UN)
+                    break
+        except (ImportError, OSError):
+            pass
+        yield
 
 
 def _store(path: Path, version: Fingerprint, places: list[Path]) -> RowIndex:
@@ -136,6 +168,11 @@ def _store(path: Path, version: Fingerprint, places: list[Path]) -> RowIndex:
         f"expected a folder that can hold the row index, got {', '.join(refused)}; free space or name an index_folder",
         str(path),
     )
+
+
+def _find_index(places: list[Path], path: Path, version: Fingerprint) -> RowIndex | None:
+    """The first usable index."""
+    return next((found for place in places if (found := _read_index(place, path, version)) is not None), None)
 
 
 def _read_index(place: Path, path: Path, version: Fingerprint) -> RowIndex | None:

@@ -190,7 +190,7 @@ class _FileRows:
                 f"expected a row of at most {MAX_ROW_BYTES >> 20} MB, got {got}; remove the row",
                 self.source(local),
             )
-        text = os.pread(self._file.fileno(), end - start, start)
+        text = self._read_at(start, end - start)
         if len(text) != end - start:
             raise _changed(str(self.path))
         try:
@@ -203,6 +203,14 @@ class _FileRows:
                 f"expected one JSON object per line, got {error}; fix or remove the row",
                 self.source(local),
             ) from None
+
+    def _read_at(self, start: int, count: int) -> bytes:
+        # Positioned, because forked workers share the file's position.
+        if hasattr(os, "pread"):
+            return os.pread(self._file.fileno(), count, start)
+        with open(self._file.name, "rb") as file:
+            file.seek(start)
+            return file.read(count)
 
 
 def _open_parts(
