@@ -1,5 +1,6 @@
 import ast
 import json
+import pickle
 from pathlib import Path
 
 import pytest
@@ -189,6 +190,15 @@ def test_a_clean_index_moves_with_its_data(clean, tmp_path):
     for file in (path, index):
         file.rename(folder / file.name)
     assert [sample.source for sample in open_rows(folder / index.name)] == [f"{folder}/rows.json:{n}" for n in (1, 3)]
+
+
+def test_a_meta_file_may_name_clean_indexes(clean, write_rows, tmp_path):
+    path, index = clean
+    entry = {"ds_name": "x", "data_path": index.name, "image_folder": "images"}
+    rows = pickle.loads(pickle.dumps(open_rows(write_rows([entry, {**entry, "data_path": path.name}], "meta.json"))))
+    assert [rows.source(i) for i in range(len(rows))] == [f"{path}:{n}" for n in (1, 3, 1, 2, 3)]
+    assert rows[1].question_id == "last" and rows.image_sizes(1) == [(84, 112)] and rows.image_sizes(2) is None
+    assert {str(index), str(path)} <= set(rows.versions)
 
 
 def test_a_clean_index_is_not_checked_again(clean):

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, ClassVar, overload
 
 import numpy as np
 
@@ -104,10 +104,11 @@ class Rows(Sequence[Sample]):
         return part.source(local)
 
     def image_sizes(self, index: int) -> list[tuple[int, int]] | None:
-        """Width and height (px) of a row's images without opening them; None without a clean index."""
-        if self._clean is None:
-            return None
+        """Width and height (px) of a row's images without opening them; None where no clean index tells."""
         place = self._place(index)
+        if self._clean is None:
+            part, local = self._locate(place)
+            return part.rows.image_sizes(local) if isinstance(part, _InnerRows) else None
         start = int(self._clean.image_ends_n[place - 1]) if place else 0
         return [
             (width, height) for width, height in self._clean.sizes_m2[start : self._clean.image_ends_n[place]].tolist()
@@ -120,7 +121,10 @@ class Rows(Sequence[Sample]):
         return {**own, **self._data_versions()}
 
     def _data_versions(self) -> dict[str, Fingerprint]:
-        return {str(part.path): part.index.of for part in self._parts if isinstance(part, _FileRows)}
+        found: dict[str, Fingerprint] = {}
+        for part in self._parts:
+            found |= part.versions
+        return found
 
     def _place(self, index: int) -> int:
         place = index + len(self) if index < 0 else index
@@ -128,7 +132,7 @@ class Rows(Sequence[Sample]):
             raise IndexError(f"expected a row index below {len(self)}, got {index}")
         return place
 
-    def _locate(self, index: int) -> tuple["_FileRows | _BadEntry", int]:
+    def _locate(self, index: int) -> "tuple[_FileRows | _InnerRows | _BadEntry, int]":
         place = self._place(index)
         if self._clean is not None:
             place = int(self._clean.chosen_n[place])
@@ -153,6 +157,7 @@ class _BadEntry:
     """A meta entry that names no usable file: one row that cannot be read."""
 
     error: DataError
+    versions: ClassVar[dict[str, Fingerprint]] = {}
 
     def __len__(self) -> int:
         return 1
@@ -164,12 +169,36 @@ class _BadEntry:
         raise DataError(self.error.reason, self.error.message, self.error.source)
 
 
+@dataclass(frozen=True)
+class _InnerRows:
+    """A clean index that a meta file names."""
+
+    rows: Rows
+
+    @property
+    def versions(self) -> dict[str, Fingerprint]:
+        return self.rows.versions
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def source(self, local: int) -> str:
+        return self.rows.source(local)
+
+    def parse(self, local: int) -> tuple[Sample, int]:
+        return self.rows.parse(local)
+
+
 class _FileRows:
     """The rows of one file."""
 
     def __init__(self, path: Path, index: RowIndex, image_folder: str | Path, dataset: str):
         self.path, self.index, self.image_folder, self.dataset = path, index, image_folder, dataset
         self._file = open(index.text_path, "rb")  # noqa: SIM115 - as long as the rows
+
+    @property
+    def versions(self) -> dict[str, Fingerprint]:
+        return {str(self.path): self.index.of}
 
     def __len__(self) -> int:
         return len(self.index.spans_n3)
@@ -219,7 +248,7 @@ def _open_parts(
     dataset: str,
     index_folder: str | Path | None,
     parents: tuple[Path, ...],
-) -> Iterator[_FileRows | _BadEntry]:
+) -> Iterator[_FileRows | _InnerRows | _BadEntry]:
     """The file's own rows, or those of the files that a meta file names."""
     index = load_index(path, index_folder)
     if not index.is_meta:
@@ -234,8 +263,11 @@ def _open_parts(
             yield _BadEntry(error)
             continue
         folder = path.parent / entry["image_folder"] if image_folder is None else image_folder
-        lineage = (*parents, path.resolve())
-        yield from _open_parts(path.parent / entry["data_path"], folder, entry["ds_name"], index_folder, lineage)
+        target, lineage = path.parent / entry["data_path"], (*parents, path.resolve())
+        if is_clean_index(target):
+            yield _InnerRows(Rows(target, folder, entry["ds_name"], index_folder))
+        else:
+            yield from _open_parts(target, folder, entry["ds_name"], index_folder, lineage)
 
 
 def _check_entry(entry: Any, path: Path, parents: tuple[Path, ...], source: str) -> None:
