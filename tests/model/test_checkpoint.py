@@ -299,6 +299,41 @@ def test_an_error_of_ones_own_while_saving_is_not_hidden(tiny, tmp_path, monkeyp
     assert not list(tmp_path.iterdir())
 
 
+def test_a_save_reaches_the_disk_before_it_is_seen(tiny, tmp_path, monkeypatch):
+    import vreflection.model.checkpoint as checkpoint
+
+    seen, flush = [], checkpoint.flush
+    target = tmp_path / "out"
+
+    def record(path):
+        flush(path)
+        seen.append((path.name if path.parent != tmp_path else "folder", target.exists()))
+
+    monkeypatch.setattr(checkpoint, "flush", record)
+    tiny.model("base").save_pretrained(target)
+    files = sorted(p.name for p in target.iterdir())
+    assert sorted(seen[: len(files)]) == [(name, False) for name in files]
+    assert seen[len(files)] == ("folder", False)  # its entries, then the rename, then the entry of the folder itself
+    assert seen[len(files) + 1 :] == [(tmp_path.name, True)]
+    assert not [p for p in tmp_path.iterdir() if p != target]
+
+
+def test_single_files_win_over_an_index_as_in_the_host_library(saved):
+    built, folder = saved("base")
+    other = built.state_dict()["model.language_model.norm.weight"] + 1
+    save_file({"model.language_model.norm.weight": other}, folder / "old.safetensors")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "old.safetensors"}}')
+    assert same_weights(built, Model.from_pretrained(folder))
+
+
+def test_sizes_in_a_header_must_add_up(saved):
+    _, folder = saved("base")
+    header = json.dumps({"a": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 8]}}).encode()
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    with pytest.raises(CheckpointError, match=r"not a whole safetensors file \(a: 8 bytes for F32 of shape \(2, 2\)\)"):
+        Model.from_pretrained(folder)
+
+
 def test_hub_ids_download_no_pickles(saved, monkeypatch, tmp_path):
     built, folder = saved("stage1")
     asked = {}

@@ -249,6 +249,21 @@ def test_tokenizer_from_elsewhere(release, tiny, tmp_path):
         convert_checkpoint(folder, tmp_path / "out2", tokenizer_from=tmp_path / "words")
 
 
+def test_tokenizers_of_two_word_files(release, tmp_path):
+    folder, _ = release()
+    words = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "vocab.json").write_text(json.dumps(words["model"]["vocab"]))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    special = {str(t["id"]): {k: v for k, v in t.items() if k != "id"} for t in words["added_tokens"]}
+    settings = {"added_tokens_decoder": special, "pad_token": "<|endoftext|>", "tokenizer_class": "Qwen2Tokenizer"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "tokenizer.json").unlink()
+    convert_checkpoint(folder, tmp_path / "out")
+    assert {"vocab.json", "merges.txt"} <= {p.name for p in (tmp_path / "out").iterdir()}
+    loaded = VReflectionProcessor.from_pretrained(tmp_path / "out")
+    assert loaded.encode_text("a<|lvr|>") == [words["model"]["vocab"]["a"], 264]
+
+
 def without_latent_tokens(folder):
     """The folder's tokenizer as the base model has it."""
     file = folder / "tokenizer.json"
@@ -381,6 +396,17 @@ def test_a_disk_that_fills_up_leaves_the_target_alone(release, tmp_path, request
         convert_checkpoint(folder, target, overwrite=True)
     assert (target / "config.json").read_text() == "old" and len(list(target.iterdir())) == 1
     assert {p.name for p in tmp_path.iterdir()} == {"release", "out"}
+
+
+def test_an_interrupted_conversion_leaves_nothing(release, tmp_path):
+    folder, _ = release()
+
+    def stop(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert_checkpoint(folder, tmp_path / "out", on_progress=stop)
+    assert [p.name for p in tmp_path.iterdir()] == ["release"]
 
 
 def test_arguments(release, tmp_path):

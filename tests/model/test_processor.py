@@ -119,7 +119,9 @@ def test_incomplete_folders(checkpoint, tmp_path):
         VReflectionProcessor.from_pretrained(tmp_path / "a")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (checkpoint / name).unlink()
-    with pytest.raises(CheckpointError, match=r"expected tokenizer.json .* in .*/checkpoint, got .*copy the tokenizer"):
+    with pytest.raises(
+        CheckpointError, match=r"expected tokenizer.json .* in .*/checkpoint, got .*--tokenizer-from <folder>"
+    ):
         VReflectionProcessor.from_pretrained(checkpoint)
 
 

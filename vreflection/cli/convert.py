@@ -30,7 +30,7 @@ def command(
 
     quiet_host_library()
     mebibyte = 2**20
-    with PhaseBars([("MiB", 1.0)], "convert", quiet=as_json) as bars:
+    with PhaseBars([("weights (MiB)", 1.0)], "convert", quiet=as_json) as bars:
         report = convert_checkpoint(
             model,
             out,
@@ -40,6 +40,6 @@ def command(
             max_shard_size=max_shard_size,
             tokenizer_from=tokenizer_from,
             overwrite=overwrite,
-            on_progress=lambda done, total: bars.update("MiB", -(-done // mebibyte), -(-total // mebibyte)),
+            on_progress=lambda done, total: bars.update("weights (MiB)", -(-done // mebibyte), -(-total // mebibyte)),
         )
     typer.echo(json.dumps(report.as_dict()) if as_json else report.summary())
