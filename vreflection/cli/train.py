@@ -14,6 +14,7 @@ def command(
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value over the settings, repeatable")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the last checkpoint in `output`")] = False,
     check: Annotated[bool, typer.Option("--check", help="only check the settings and print them")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="only show memory and time per step, from arithmetic")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON, no bars")] = False,
 ) -> None:
     """Train one stage or control arm from a settings file; several GPUs: torchrun -m vreflection train …"""
@@ -25,6 +26,14 @@ def command(
     if check:
         plain = settings_dict(settings)
         typer.echo(json.dumps(plain) if as_json else yaml.safe_dump(plain, sort_keys=False))
+        return
+    if plan:
+        from dataclasses import asdict
+
+        from ..training.memory_plan import format_plan, settings_plan
+
+        rows = settings_plan(settings)
+        typer.echo(json.dumps([asdict(row) for row in rows]) if as_json else format_plan(rows))
         return
     from ..training.parallel import is_main_process
     from ..training.run import run_training

@@ -57,10 +57,18 @@ def training_arguments(settings: TrainSettings, parallel: str = "ddp") -> Traini
     if parallel.startswith("zero") and os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
         given.setdefault("deepspeed", deepspeed_file(parallel))
     given.setdefault("report_to", default_report())
+    check_reports(given["report_to"])
     try:
         return TrainingArguments(**{**DEFAULTS, **fixed, **given})
     except (TypeError, ValueError, ImportError) as error:
         raise ConfigError(f"trainer: {error}") from error
+
+
+def check_reports(report_to: str | list[str]) -> None:
+    """Loggers that are asked for must be there."""
+    for name in [report_to] if isinstance(report_to, str) else report_to:
+        if name in ("wandb", "trackio", "tensorboard") and importlib.util.find_spec(name) is None:
+            raise ConfigError(f"trainer: report_to: {name} is not installed; pip install {name}, or report_to=none")
 
 
 def default_report() -> str:

@@ -145,9 +145,15 @@ def static_bytes(shape: ModelShape, plan: Plan) -> dict[str, float]:
 
 
 def weight_copies(shape: ModelShape, plan: Plan) -> float:
-    """Autocast keeps a bfloat16 copy of every matrix that gradients pass through until the backward pass is over."""
-    module = {"stage1": shape.teacher, "stage2": shape.student}.get(plan.stage, 0)
-    return 2 * (shape.layers * shape.layer_matrices + shape.embedding + module) if plan.autocasts else 0
+    """Autocast's bfloat16 copies: of every trained matrix, kept until the backward pass is over.
+
+    Frozen matrices under adapters are not remembered: with checkpointing those of one layer exist at a time.
+    """
+    if not plan.autocasts:
+        return 0
+    layers = 1 if plan.lora_rank and plan.checkpointing else shape.layers
+    module = {"stage1": shape.teacher, "filler_aligned": shape.teacher, "stage2": shape.student}.get(plan.stage, 0)
+    return 2 * (layers * shape.layer_matrices + shape.embedding + module)
 
 
 def communication_bytes(shape: ModelShape, plan: Plan, gradients: float) -> float:
@@ -283,6 +289,19 @@ def plan_of(settings: TrainSettings, world: int = 1, **changes) -> Plan:
         "accumulation": int(trainer.get("gradient_accumulation_steps", 1)),
     }
     return Plan(**{**values, **changes})
+
+
+def settings_plan(settings: TrainSettings) -> list[PlanRow]:
+    """Rows for a settings file's own choices on 1 to 64 GPUs, then for the usual ways to train its model.
+
+    Raises:
+        ConfigError: no model named.
+    """
+    if not settings.model:
+        raise ConfigError("model: expected a model to plan for, got none; --set model=7b, 3b, or a checkpoint folder")
+    worlds = (1, 2, 4, 8, 16, 32, 64)
+    own = [plan_of(settings, world) for world in worlds if settings.parallel == "ddp" or world > 1]
+    return plan_table(settings.model, [*own, *(plan for plan in usual_plans(own[0]) if plan not in own)])
 
 
 def format_plan(rows: list[PlanRow]) -> str:

@@ -59,11 +59,6 @@ def resolve_parallel(settings: TrainSettings) -> str:
         asked = "fsdp2"
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         return f"zero{os.environ.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', '2')}"
-    if asked == "fsdp2" and world_size() == 1 and "RANK" not in os.environ:
-        raise ConfigError(
-            "parallel: fsdp2 needs processes to share the work; start with "
-            "torchrun --nproc-per-node <GPUs> -m vreflection train … or leave parallel at ddp"
-        )
     return asked
 
 

@@ -125,8 +125,8 @@ def collapse_signs(measured: dict[str, float], progress: float = 1.0) -> list[st
     signs = []
     if measured.get("std_over_samples", 1.0) < LEAST_SPREAD:
         signs.append(
-            f"the teacher's latents hardly differ between images (spread {measured['std_over_samples']:.2f}): they have "
-            "collapsed; lower optimizer.teacher_learning_rate, raise latent.query_init_std"
+            f"the teacher's latents hardly differ between images (spread {measured['std_over_samples']:.2f}): they "
+            "have collapsed; lower optimizer.teacher_learning_rate, raise latent.query_init_std"
         )
     if measured.get("query_diversity", 1.0) < LEAST_DIVERSITY:
         signs.append(

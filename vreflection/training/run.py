@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -152,8 +153,14 @@ def run_training(
     check_start(settings, parallel)
     if samples is None and not settings.data.train:
         raise ConfigError("data.train: expected a training file, got none; --set data.train=<file>")
+    if parallel != "ddp" and "RANK" not in os.environ:
+        raise ConfigError(
+            f"parallel: {parallel} shares the work among processes; start with torchrun --nproc-per-node <GPUs> "
+            "-m vreflection train …, or --set parallel=ddp for one GPU"
+        )
     resume_from = newest_checkpoint(settings.output) if settings.resume else None
     args = training_arguments(settings, parallel)
+    _ = args.device  # joins the other processes; what loads the model may already need to know them
     # Before the model: initial queries and projections are drawn from this seed.
     set_seed(settings.seed)
     report = ReadReport() if samples is None else None
