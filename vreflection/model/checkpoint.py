@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from ..errors import CheckpointError
-from .config import STAGES, StageTraits, VReflectionConfig
+from .config import DECODE_STAGE, STAGES, VReflectionConfig
 
 # Released checkpoints predate the host library's current module names.
 KEY_MAPPING = {
@@ -26,9 +26,6 @@ KEY_MAPPING = {
 TEACHER_PREFIX, STUDENT_PREFIX = "box_feature_resampler.", "student_resampler."
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
-# What a latent checkpoint is once its two modules are left out: it decodes with latents and trains no further stage.
-DECODE_STAGE = "decode"
-STAGES.setdefault(DECODE_STAGE, StageTraits(False, False, "latent", "latents"))
 LATENT_TOKEN_OF = {
     "lvr_start_id": "<|lvr_start|>",
     "lvr_id": "<|lvr|>",

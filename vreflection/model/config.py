@@ -38,7 +38,11 @@ STAGES: dict[str, StageTraits] = {
     "filler_aligned": StageTraits(True, False, "filler", "embedding"),
     "stage1": StageTraits(True, False, "latent", "latents"),
     "stage2": StageTraits(True, True, "latent", "latents"),
+    "decode": StageTraits(False, False, "latent", "latents"),
 }
+# What a latent checkpoint is once its two modules are left out: it decodes with latents and trains no further stage.
+DECODE_STAGE = "decode"
+TRAINED_STAGES = tuple(sorted(set(STAGES) - {"base", DECODE_STAGE}))
 
 
 class VReflectionConfig(Qwen2_5_VLConfig):

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..losses import LatentObjective
-from ..model.config import STAGES
+from ..model.config import TRAINED_STAGES
 from .values import convert
 
 PARALLEL = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
@@ -196,7 +196,7 @@ class TrainSettings:
     trainer: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
-        check_choice("stage", self.stage, tuple(sorted(set(STAGES) - {"base"})))
+        check_choice("stage", self.stage, TRAINED_STAGES)
         check_choice("parallel", self.parallel, PARALLEL)
         check_choice("dtype", self.dtype, DTYPES)
         check_choice("fused_cross_entropy", self.fused_cross_entropy, FUSED_CROSS_ENTROPY)
