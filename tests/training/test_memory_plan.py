@@ -158,6 +158,15 @@ def test_sharding_divides_exactly_what_it_shards():
     )
 
 
+def test_frozen_weights_are_copied_layer_by_layer():
+    shape, plan = NAMED["7b"], Plan(parallel="ddp", world=1, stage="sft")
+    assert weight_copies(shape, plan) == 2 * (28 * shape.layer_matrices + shape.embedding)
+    adapted = replace(plan, lora_rank=8)
+    assert weight_copies(shape, adapted) == 2 * (shape.layer_matrices + shape.embedding)
+    assert weight_copies(shape, replace(adapted, checkpointing=False)) == weight_copies(shape, plan)
+    assert weight_copies(shape, replace(plan, precision="bfloat16")) == 0
+
+
 def test_savings_save():
     shape, plan = NAMED["7b"], Plan(checkpointing=False)
     base = memory_row(shape, plan)
@@ -253,6 +262,10 @@ def test_settings_become_a_plan():
         stage="stage2", parallel="fsdp2", world=8, precision="mixed", tokens=4096, sample_tokens=300,
         feature_cache=True, accumulation=4,
     )  # fmt: skip
+    adapters = replace(settings, dtype="bfloat16", parallel="ddp", lora=replace(settings.lora, rank=64))
+    assert plan_of(adapters) == replace(
+        plan, parallel="ddp", world=1, precision="bfloat16", lora_rank=64, sample_tokens=1024
+    )
     plain = TrainSettings(stage="sft", trainer={"per_device_train_batch_size": 2}, dtype="bfloat16")
     plan = plan_of(plain)
     assert (plan.tokens, plan.precision, plan.checkpointing, plan.world) == (2 * 16384, "bfloat16", False, 1)

@@ -275,7 +275,7 @@ def plan_of(settings: TrainSettings, world: int = 1, **changes) -> Plan:
     tokens = settings.data.pack_tokens or batch * settings.data.max_length
     half = bool(trainer.get("bf16", False))
     # DeepSpeed computes in bfloat16 over float32 masters whatever the settings' weights are.
-    mixed = settings.parallel.startswith("zero") or (half and settings.dtype == "float32") or bool(settings.lora.rank)
+    mixed = settings.parallel.startswith("zero") or (half and settings.dtype == "float32")
     values = {
         "stage": settings.stage,
         "parallel": settings.parallel,
