@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from ..errors import CheckpointError
-from .config import DECODE_STAGE, STAGES, VReflectionConfig
+from .config import STAGES, VReflectionConfig
 
 # Released checkpoints predate the host library's current module names.
 KEY_MAPPING = {

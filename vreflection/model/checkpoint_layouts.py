@@ -7,8 +7,8 @@ from typing import Any
 
 from transformers import Qwen2_5_VLConfig
 
-from .checkpoint import DECODE_STAGE, detect_stage
-from .config import STAGES, VReflectionConfig
+from .checkpoint import detect_stage
+from .config import DECODE_STAGE, STAGES, VReflectionConfig
 
 LAYOUTS = ("vreflection", "qwen2_5_vl", "released")
 PLAIN_CLASS = "Qwen2_5_VLForConditionalGeneration"

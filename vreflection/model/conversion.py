@@ -16,7 +16,6 @@ import torch
 from ..data.template import LATENT_TOKENS
 from ..errors import CheckpointError, ConfigError
 from .checkpoint import (
-    DECODE_STAGE,
     LATENT_TOKEN_OF,
     STUDENT_PREFIX,
     TEACHER_PREFIX,
@@ -30,7 +29,7 @@ from .checkpoint import (
     read_json,
 )
 from .checkpoint_layouts import LAYOUTS, layout_config, stored_name
-from .config import VReflectionConfig
+from .config import DECODE_STAGE, VReflectionConfig
 from .processor import add_latent_tokens, load_tokenizer
 from .weight_files import DTYPES, plan_shards, same_bytes, write_weights, written_bytes
 
