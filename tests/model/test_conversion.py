@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import Qwen2_5_VLForConditionalGeneration
 
 from vreflection.cli import main
 from vreflection.errors import CheckpointError, ConfigError
@@ -119,7 +120,7 @@ def test_released_to_ours_and_back_is_bit_exact(release, tmp_path, stage, tie):
 
 @pytest.mark.parametrize("tie", [False, True])
 def test_plain_folder_loads_in_the_stock_library(release, tmp_path, tie):
-    from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+    from transformers import AutoTokenizer
 
     folder, tensors = release("stage2", tie=tie)
     report = convert_checkpoint(folder, tmp_path / "plain", "qwen2_5_vl")
@@ -160,6 +161,8 @@ def test_without_modules_decodes_as_before_and_trains_no_stage_2(release, tiny, 
     settings = {"max_new_tokens": 8, "force_latent": True, "return_dict_in_generate": True}
     left, right = (m.generate(**prompt, **settings) for m in (small, whole))
     assert torch.equal(left.sequences, right.sequences) and left.latent_mask.sum() == 3
+    _, notes = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "small", output_loading_info=True)
+    assert not any(notes.values())
     with pytest.raises(CheckpointError, match="stage 2 starts from a stage-1 checkpoint, got one of stage 'decode'"):
         Model.from_base(small, "stage2")
 
