@@ -29,6 +29,8 @@ def main() -> None:
     except TrainingError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
+    except SystemExit as ended:
+        if ended.code != 130:  # what the command library makes of Ctrl-C
+            raise
         print("\nstopped; what was finished is kept, run the same command again to go on", file=sys.stderr)
         sys.exit(1)

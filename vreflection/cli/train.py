@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -56,5 +57,7 @@ def command(
         typer.echo(result.report.summary())
     if result.stopped_at is not None:
         typer.echo(f"stopped at step {result.stopped_at}; the same command with --resume goes on from there")
+        if result.stop_signal == signal.SIGINT:
+            raise typer.Exit(1)
         return
     typer.echo(f"checkpoint: {settings.output}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,9 +93,9 @@ def measure_sample(dataset: LatentDataset, index: int) -> tuple[int, int]:
     """
     rows = dataset.samples
     sample, clamped = rows.parse(index) if isinstance(rows, Rows) else (rows[index], 0)
-    tokens = sample_length(
-        sample, dataset.processor, dataset.slot_style, _grids(dataset, sample), dataset.num_latents
-    )  # fmt: skip
+    sizes = rows.image_sizes(index) if isinstance(rows, Rows) else None
+    grids = _grids(dataset, sample, sizes)
+    tokens = sample_length(sample, dataset.processor, dataset.slot_style, grids, dataset.num_latents)
     if dataset.max_length is not None and tokens > dataset.max_length:
         raise DataError(
             "too-long",
@@ -105,11 +105,13 @@ def measure_sample(dataset: LatentDataset, index: int) -> tuple[int, int]:
     return tokens, clamped
 
 
-def _grids(dataset: LatentDataset, sample: Sample) -> list[tuple[int, ...]]:
+def _grids(dataset: LatentDataset, sample: Sample, sizes: Sequence[tuple[int, int]] | None) -> list[tuple[int, ...]]:
     if dataset.feature_cache is not None:
         return [tuple(int(v) for v in dataset.cached(path, sample.source)[1]) for path in sample.image_paths]
     try:
-        return [dataset.processor.image_grid(*image_size(path)) for path in sample.image_paths]
+        # A clean index knows the sizes; otherwise the images' headers do.
+        sizes = [image_size(path) for path in sample.image_paths] if sizes is None else sizes
+        return [dataset.processor.image_grid(width, height) for width, height in sizes]
     except DataError as error:
         raise DataError(error.reason, error.message, sample.source) from error
 

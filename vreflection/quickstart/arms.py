@@ -31,7 +31,7 @@ Cache = Mapping[str, ImageTokens]
 
 
 def train_arm(settings: TrainSettings, samples: Sequence[Sample], cache: Cache, on_progress: Progress) -> TrainResult:
-    return run_training(settings, samples=samples, feature_cache=cache, on_step=on_progress)
+    return run_training(settings, samples=samples, feature_cache=cache, on_step=on_progress, handle_signals=False)
 
 
 def curve(history: list[dict[str, Any]]) -> list[dict[str, float]]:

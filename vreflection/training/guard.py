@@ -43,9 +43,9 @@ class StopSignal:
         self.received: int | None = None
 
     @contextmanager
-    def listening(self) -> Iterator[StopSignal]:
+    def listening(self, wanted: bool = True) -> Iterator[StopSignal]:
         """Handle the signals inside the block (in the main thread; elsewhere they cannot be handled)."""
-        if threading.current_thread() is not threading.main_thread():
+        if not wanted or threading.current_thread() is not threading.main_thread():
             yield self
             return
         before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}

@@ -137,6 +137,7 @@ def run_training(
     feature_cache: Mapping[str, ImageTokens] | None = None,
     on_step: Callable[[int, int], None] | None = None,
     callbacks: list[TrainerCallback] | None = None,
+    handle_signals: bool = True,
 ) -> TrainResult:
     """Train one stage or control arm and save it to `settings.output`.
 
@@ -144,6 +145,7 @@ def run_training(
         samples: rows already read; otherwise `settings.data.train` is opened, and unusable rows are counted.
         feature_cache: visual tokens by image path, so that the frozen vision tower does not run again.
         on_step: called as `on_step(done, total)` after every optimizer step.
+        handle_signals: SIGTERM and the first Ctrl-C save a checkpoint after the current step and end the run.
 
     Raises:
         ConfigError, CheckpointError, DataError: before any step, with what to change.
@@ -194,7 +196,7 @@ def run_training(
     if on_step is not None:
         trainer.remove_callback(PrinterCallback)
     first_step = 0 if resume_from is None else int(resume_from.name.rpartition("-")[2])
-    with lost_peers_explained(Path(settings.output)):
+    with lost_peers_explained(Path(settings.output)), trainer.stop.listening(handle_signals):
         outcome = trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
     steps = max(trainer.state.global_step - first_step, 1)
     if report is not None:

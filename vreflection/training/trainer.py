@@ -81,10 +81,6 @@ class LatentTrainer(CheckpointingTrainer, Trainer):
         self.logged_step = 0
         self.add_callback(StopAfterStep(self))
 
-    def train(self, *args, **kwargs):
-        with self.stop.listening():
-            return super().train(*args, **kwargs)
-
     def get_train_dataloader(self) -> DataLoader:
         if self.data is None:
             return super().get_train_dataloader()
