@@ -167,6 +167,16 @@ def test_without_modules_decodes_as_before_and_trains_no_stage_2(release, tiny, 
         Model.from_base(small, "stage2")
 
 
+def test_aligned_fillers_without_their_teacher_are_fillers(tiny, tmp_path):
+    built = tiny.model("filler_aligned")
+    built.save_pretrained(tmp_path / "whole")
+    tiny.processor().save_pretrained(tmp_path / "whole")
+    report = convert_checkpoint(tmp_path / "whole", tmp_path / "small", without_modules=True)
+    small = Model.from_pretrained(tmp_path / "small")
+    assert (report.stage, report.written_stage, small.config.stage) == ("filler_aligned", "filler", "filler")
+    assert small.config.traits.slot_input == built.config.traits.slot_input == "embedding"
+
+
 def test_ours_to_plain_and_shards(tiny, tmp_path):
     built = tiny.model("stage1")
     built.save_pretrained(tmp_path / "ours")

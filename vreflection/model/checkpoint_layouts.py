@@ -8,7 +8,7 @@ from typing import Any
 from transformers import Qwen2_5_VLConfig
 
 from .checkpoint import detect_stage
-from .config import DECODE_STAGE, STAGES, VReflectionConfig
+from .config import STAGES, VReflectionConfig
 
 LAYOUTS = ("vreflection", "qwen2_5_vl", "released")
 PLAIN_CLASS = "Qwen2_5_VLForConditionalGeneration"
@@ -38,7 +38,7 @@ def layout_config(
     if layout == "qwen2_5_vl":
         return plain_config(values)
     traits = STAGES[config.stage]
-    if config.stage == DECODE_STAGE and stage != DECODE_STAGE:
+    if config.stage != stage:
         values["trained_stage"] = stage
     if layout == "vreflection":
         values["architectures"] = ["VReflectionForConditionalGeneration"]

@@ -89,7 +89,7 @@ class ConversionReport:
             lines.append(f"carried along, used by nothing here: {self.unknown[:5]}")
         if self.stage != self.written_stage:
             lines.append(
-                f"stage {self.stage} became {self.written_stage}: it decodes with latents, but without the modules no "
+                f"stage {self.stage} became {self.written_stage}: it decodes as before, but without the modules no "
                 "stage 2 starts from it and the student's attention cannot be shown"
             )
         return "\n".join(lines)
@@ -139,7 +139,8 @@ def convert_checkpoint(
     kept, left_out = select(folder, tensors, config, expected, to, without_modules)
     stage = config.stage
     if without_modules and config.traits.teacher:
-        config.stage = DECODE_STAGE
+        # What is left of each stage decodes as before: on its own states, or on the slots' embedding.
+        config.stage = DECODE_STAGE if config.traits.slot_input == "latents" else "filler"
     shards = plan_shards({stored_name(name, to): tensor for name, tensor in kept.items()}, shard_bytes, dtype)
     total = sum(written_bytes(tensor, dtype) for shard in shards for tensor in shard.values())
     check_space(target, total)
