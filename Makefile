@@ -7,17 +7,21 @@ PYTEST_ARGS ?=
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: quickstart test test-kernels lint bench clean
+.PHONY: quickstart test test-processes test-kernels lint bench clean
 quickstart: $(INSTALLED)
 	$(BIN)/vreflection quickstart $(ARGS)
 
-# Triton is imported differently by the kernel tests, so they are processes of their own, beside the main one. One thread
-# each: two torch processes with two threads on two cores starve one another.
+# Two halves side by side, one thread each: two torch processes with two threads on two cores starve one another. Triton is
+# imported differently by the kernel tests, so they are processes of their own, in the half that also starts processes.
 test: $(INSTALLED)
-	@log=$$(mktemp); $(MAKE) --no-print-directory test-kernels > $$log 2>&1 & kernels=$$!; \
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS); main=$$?; \
-	wait $$kernels; kernels=$$?; cat $$log; rm -f $$log; \
-	test $$main -eq 0 && test $$kernels -eq 0
+	@log=$$(mktemp); $(MAKE) --no-print-directory test-processes > $$log 2>&1 & processes=$$!; \
+	OMP_NUM_THREADS=1 COVERAGE_FILE=.coverage.main $(BIN)/python -m pytest $(PYTEST_ARGS) --ignore tests/training; main=$$?; \
+	wait $$processes; processes=$$?; cat $$log; rm -f $$log; \
+	test $$main -eq 0 && test $$processes -eq 0
+
+test-processes: $(INSTALLED)
+	@$(MAKE) --no-print-directory test-kernels
+	OMP_NUM_THREADS=1 COVERAGE_FILE=.coverage.processes $(BIN)/python -m pytest $(PROCESS_ARGS) tests/training
 
 test-kernels: $(INSTALLED)
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m interpreter tests/kernels tests/ops tests/engine
@@ -40,4 +44,4 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info vreflection/*.so .pytest_cache .ruff_cache .hypothesis .coverage
+	rm -rf $(VENV) build dist *.egg-info vreflection/*.so .pytest_cache .ruff_cache .hypothesis .coverage*

@@ -44,6 +44,7 @@ def add_adapters(model: nn.Module, settings: LoraSettings) -> None:
             parameter.data = parameter.data.float()
     for parameter in trainable:
         parameter.requires_grad_(True)
+        parameter.data = parameter.data.float()
 
 
 def module_parameters(model: nn.Module, name: str) -> list[nn.Parameter]:

@@ -162,6 +162,11 @@ def run_training(
         )
     resume_from = newest_checkpoint(settings.output) if settings.resume else None
     args = training_arguments(settings, parallel)
+    if args.n_gpu > 1:
+        raise ConfigError(
+            f"expected one GPU per process, got one process that sees {args.n_gpu}; start with torchrun "
+            f"--nproc-per-node {args.n_gpu} -m vreflection train …, or show it one: CUDA_VISIBLE_DEVICES=0"
+        )
     _ = args.device  # joins the other processes; what loads the model may already need to know them
     # Before the model: initial queries and projections are drawn from this seed.
     set_seed(settings.seed)
