@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import os
 from typing import Any
 
 from torch import nn
@@ -13,6 +12,7 @@ from transformers import TrainingArguments
 from ..errors import ConfigError
 from .config import config_file
 from .settings import OptimizerSettings, TrainSettings
+from .zero import check_deepspeed_config, launched_config, read_deepspeed_config
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +54,10 @@ def training_arguments(settings: TrainSettings, parallel: str = "ddp") -> Traini
     for name in INTEGERS:
         if name in given and (isinstance(given[name], bool) or not isinstance(given[name], int)):
             raise ConfigError(f"trainer: {name}: expected an integer, got {given[name]!r}")
-    if parallel.startswith("zero") and os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
+    if parallel.startswith("zero") and launched_config() is None:
         given.setdefault("deepspeed", deepspeed_file(parallel))
+    if given.get("deepspeed") is not None:
+        check_deepspeed_config(read_deepspeed_config(given["deepspeed"]), parallel)
     given.setdefault("report_to", default_report())
     check_reports(given["report_to"])
     try:

@@ -33,6 +33,7 @@ from transformers.trainer_callback import ExportableState
 from ..errors import CheckpointError
 from .adapters import has_adapters, save_adapters
 from .guard import any_rank
+from .zero import CHECKPOINT as ZERO
 
 if TYPE_CHECKING:
     Base = Trainer
@@ -43,6 +44,7 @@ logger = logging.getLogger(__name__)
 
 NAME = re.compile(r"^checkpoint-(\d+)$")
 OPTIMIZER, SCHEDULE, STATE = "optimizer", "scheduler.pt", "trainer_state.json"
+LAYOUT = "deepspeed_layout.txt"
 
 
 def checkpoints_in(folder: str | Path) -> list[Path]:
@@ -52,11 +54,12 @@ def checkpoints_in(folder: str | Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
 
 
-def newest_checkpoint(folder: str | Path) -> Path:
+def newest_checkpoint(folder: str | Path, parallel: str = "ddp") -> Path:
     """The checkpoint to go on from.
 
     Raises:
-        CheckpointError: none there, or the newest lacks files (a copy that was cut short).
+        CheckpointError: none there, or the newest lacks files (a copy that was cut short), or only DeepSpeed, or only
+            another layout of DeepSpeed, can go on from it.
     """
     found = checkpoints_in(folder)
     if not found:
@@ -64,13 +67,32 @@ def newest_checkpoint(folder: str | Path) -> Path:
             f"resume: expected a trainer checkpoint (checkpoint-<step>) in {str(folder)!r}, found none; "
             "start without resume, and save some with trainer.save_strategy=steps"
         )
-    missing = [name for name in (STATE, SCHEDULE, OPTIMIZER) if not (found[-1] / name).exists()]
+    check_layout(found[-1], parallel)
+    state = ZERO if parallel.startswith("zero") else OPTIMIZER
+    missing = [name for name in (STATE, SCHEDULE, state) if not (found[-1] / name).exists()]
     if missing:
         raise CheckpointError(
             f"{found[-1]}: expected a whole checkpoint, it lacks {missing}; was it copied in part, or saved with "
             "save_only_model? Copy it again, or remove it to go on from an earlier one"
         )
     return found[-1]
+
+
+def check_layout(checkpoint: Path, parallel: str) -> None:
+    """DeepSpeed's state is read by as many processes of the same ZeRO stage; every other way shares one format."""
+    layout, zero = checkpoint / LAYOUT, parallel.startswith("zero")
+    made = layout.read_text().strip() if layout.is_file() else None
+    here = f"{parallel} over {os.environ.get('WORLD_SIZE', '1')} processes"
+    if zero and made is None and (checkpoint / OPTIMIZER).exists():
+        raise CheckpointError(
+            f"{checkpoint}: made without DeepSpeed, and {parallel} cannot read its optimizer's state; resume with "
+            "parallel=ddp or fsdp2"
+        )
+    if made is not None and made != here:
+        raise CheckpointError(
+            f"{checkpoint}: expected {made}, as it was made (DeepSpeed's state is read by the same layout only), got "
+            f"{here}; its weights alone are a model folder like any other"
+        )
 
 
 class CheckpointingTrainer(Base):
@@ -81,6 +103,7 @@ class CheckpointingTrainer(Base):
 
     save_extras: Callable[[Path], None] | None = None
     failed_saves = 0
+    parallel = "ddp"
 
     def _save_checkpoint(self, model, trial) -> None:
         root = Path(self.args.output_dir)
@@ -141,7 +164,8 @@ class CheckpointingTrainer(Base):
             tasks += [lambda: self._save_optimizer_and_scheduler(str(folder))]
             tasks += [lambda: self._save_rng_state(str(folder))]
         if self.args.should_save:
-            tasks += [lambda: self._save_state(folder)]
+            layout = f"{self.parallel} over {self.args.world_size} processes"
+            tasks += [lambda: (folder / LAYOUT).write_text(layout + "\n"), lambda: self._save_state(folder)]
         return tasks
 
     def full_weights(self) -> dict[str, torch.Tensor] | None:

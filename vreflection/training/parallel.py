@@ -17,6 +17,7 @@ from torch import nn
 from ..errors import ConfigError, TrainingError
 from .checkpoints import checkpoints_in
 from .settings import TrainSettings
+from .zero import NO_ZERO3, launched_config, launched_zero
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +58,13 @@ def resolve_parallel(settings: TrainSettings) -> str:
         # Otherwise accelerate would shard a second time.
         os.environ["ACCELERATE_USE_FSDP"] = "false"
         asked = "fsdp2"
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        return f"zero{os.environ.get('ACCELERATE_DEEPSPEED_ZERO_STAGE', '2')}"
+    if launched_config() is not None:
+        launched = launched_zero()
+        if asked not in ("ddp", launched):
+            raise ConfigError(f"parallel: expected {launched} as in accelerate's configuration, got {asked!r}")
+        asked = launched
+    if asked == "zero3":
+        raise ConfigError(f"parallel: {NO_ZERO3}")
     return asked
 
 

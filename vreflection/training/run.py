@@ -160,7 +160,7 @@ def run_training(
             f"parallel: {parallel} shares the work among processes; start with torchrun --nproc-per-node <GPUs> "
             "-m vreflection train …, or --set parallel=ddp for one GPU"
         )
-    resume_from = newest_checkpoint(settings.output) if settings.resume else None
+    resume_from = newest_checkpoint(settings.output, parallel) if settings.resume else None
     args = training_arguments(settings, parallel)
     if args.n_gpu > 1:
         raise ConfigError(

@@ -23,6 +23,7 @@ from .loader import TrainData
 from .parallel import agreed_maximum, bind_forward_method, shard_model
 from .settings import TrainSettings
 from .throughput import ThroughputMeter
+from .zero import GradientOrder, check_deepspeed_config, poisoned
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +70,9 @@ class LatentTrainer(CheckpointingTrainer, Trainer):
         super().__init__(model=model, args=args, **kwargs)
         self.latent_config, self.objective = model.config, model.objective
         self.settings, self.data, self.parallel, self.pad_token_id = settings, data, parallel, pad_token_id
+        if self.is_deepspeed_enabled:
+            check_deepspeed_config(self.accelerator.state.deepspeed_plugin.deepspeed_config, parallel)
+        self.gradient_order: GradientOrder | None = None
         uses_latents = model.config.traits.slot_input == "latents"
         self.free_share = settings.free_running.share if uses_latents else lambda progress: 0.0
         # The loss below is already that of the whole step.
@@ -109,7 +113,10 @@ class LatentTrainer(CheckpointingTrainer, Trainer):
             self.accelerator.prepare_model = lambda model, *_, **__: model
             self.run_free = bind_forward_method(self.model, "free_running_inputs", free_running_inputs)
         self.logged_step = self.state.global_step
-        return super()._prepare_for_training(*args, **kwargs)
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if self.is_deepspeed_enabled:
+            self.gradient_order = GradientOrder(self.deepspeed.optimizer, self._core())  # pyright: ignore
+        return prepared
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """A step's micro-batches, and its supervised positions and boxes on all processes together."""
@@ -150,6 +157,8 @@ class LatentTrainer(CheckpointingTrainer, Trainer):
         sources = inputs.get("sources", [])
         self.meter.note(inputs)
         loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.gradient_order is not None:
+            self.gradient_order.check_empty()
         self.guard.note(loss, sources)
         return torch.nan_to_num(loss, 0.0, 0.0, 0.0)
 
@@ -165,7 +174,10 @@ class LatentTrainer(CheckpointingTrainer, Trainer):
         output = model(**inputs, alignment_step=self.state.global_step, loss_shares=shares)
         if model.training:
             self.note(output, shares)
-        return (output.loss, output) if return_outputs else output.loss
+        loss = output.loss
+        if self.is_deepspeed_enabled and model.training:
+            loss = poisoned(loss)
+        return (loss, output) if return_outputs else loss
 
     def free_running_inputs(self, model, inputs, number: int) -> dict[str, torch.Tensor | None]:
         """`slot_inputs` and `free_running` of this step, or nothing; the visual tokens go on to the training pass."""
@@ -199,6 +211,9 @@ class LatentTrainer(CheckpointingTrainer, Trainer):
         optimizer = self._plain_optimizer()
         if skip and isinstance(optimizer, SkippableAdamW):
             optimizer.skip_next = True
+        elif skip and self.is_deepspeed_enabled:
+            # DeepSpeed skipped it by itself; the schedule goes on as it does otherwise.
+            self.lr_scheduler.step()
 
     def note(self, output, shares: torch.Tensor | None) -> None:
         """Remember loss parts and gauges as device tensors; they are read only when logged."""

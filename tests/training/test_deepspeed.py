@@ -1,0 +1,184 @@
+"""DeepSpeed's ZeRO gives what one process gives, or is refused. Needs DeepSpeed, which is no dependency."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vreflection.errors import ConfigError
+from vreflection.training.parallel import resolve_parallel
+from vreflection.training.run import run_training
+from vreflection.training.settings import TrainSettings
+from vreflection.training.values import build
+from vreflection.training.zero import GradientOrder, check_deepspeed_config
+
+JOBS = Path(__file__).with_name("jobs.py")
+CONFIGS = Path(__file__).parents[2] / "configs"
+SAVING = {"save_strategy": "steps", "save_steps": 2}
+HALF = {"gradient_accumulation_steps": 2}
+FREE = {"maximum": 0.6, "start": 0.0, "end": 0.0}
+needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed not installed")
+
+
+def launch(jobs, root, name):
+    file = root / f"{name}-jobs.json"
+    file.write_text(json.dumps(jobs))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, str(JOBS), str(file)], capture_output=True, text=True, env=environment, timeout=400
+    )  # fmt: skip
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+
+
+def outcome(root, name, rank=0):
+    return json.loads((root / f"{name}.{rank}.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def one(mixed):
+    plain = run_training(build(TrainSettings, mixed.settings("one", trainer=SAVING), "one"))
+    free = run_training(build(TrainSettings, mixed.settings("one-free", free_running=FREE), "one"))
+    return {"plain": plain, "free": free}
+
+
+@pytest.fixture(scope="module")
+def two(mixed, one):
+    listed = []
+
+    def job(name, way, trainer=None, source=None, broken=False, **changes):
+        settings = mixed.settings(name, parallel=way, trainer={**HALF, **(trainer or {})}, **changes)
+        listed.append({"name": name, "settings": settings})
+        if source:
+            listed[-1]["from"] = source
+        if broken:
+            listed[-1]["broken_image"] = str((mixed.root / "images" / "5.png").resolve())
+
+    buckets = json.loads((CONFIGS / "deepspeed" / "zero2.json").read_text())
+    # Many small buckets: which parameters share one matters too.
+    buckets["zero_optimization"] |= {"reduce_bucket_size": 20000, "allgather_bucket_size": 20000}
+    for way in ("zero1", "zero2"):
+        job(way, way, SAVING)
+        job(f"{way}-free", way, {"gradient_checkpointing": True}, free_running=FREE)
+        job(f"{way}-again", way, SAVING, source=f"{way}/checkpoint-2", resume=True)
+        job(f"{way}-nan", way, {"max_steps": 5}, broken=True)
+        job(f"{way}-bf16", way, {"bf16": True})
+        job(f"{way}-bf16-nan", way, {"max_steps": 5, "bf16": True}, broken=True)
+    job("buckets", "zero2", {"deepspeed": buckets})
+    job("stage2", "zero2", stage="stage2", model=str(mixed.root / "one"), latent={})
+    job("zero3", "zero3")
+    job("other-stage", "zero2", SAVING, source="zero1/checkpoint-2", resume=True)
+    job("from-one", "zero2", SAVING, source="one/checkpoint-2", resume=True)
+    launch(listed, mixed.root, "zero")
+
+
+def compare(one, root, name):
+    assert outcome(root, name).get("error") is None
+    expected = [row["loss"] for row in one.history if "loss" in row]
+    assert outcome(root, name)["losses"] == pytest.approx(expected, rel=1e-5)
+    stored, weights = load_file(root / name / "model.safetensors"), one.model.state_dict()
+    for key, value in stored.items():
+        torch.testing.assert_close(value, weights[key], rtol=1e-5, atol=1e-5)
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("name", ["zero1", "zero2", "buckets", "zero1-again", "zero2-again"])
+def test_two_processes_equal_one(one, two, mixed, name):
+    compare(one["plain"], mixed.root, name)
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("way", ["zero1", "zero2"])
+def test_free_running_with_checkpointed_layers(one, two, mixed, way):
+    compare(one["free"], mixed.root, f"{way}-free")
+
+
+@needs_deepspeed
+def test_stage_2(one, two, mixed):
+    settings = mixed.settings("stage2-one", stage="stage2", model=str(mixed.root / "one"), latent={})
+    compare(run_training(build(TrainSettings, settings, "test")), mixed.root, "stage2")
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("way", ["zero1", "zero2"])
+def test_bfloat16_stays_close(one, two, mixed, way):
+    expected = [row["loss"] for row in one["plain"].history if "loss" in row]
+    assert outcome(mixed.root, f"{way}-bf16")["losses"] == pytest.approx(expected, rel=0.03)
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("name", ["zero1-nan", "zero2-nan", "zero1-bf16-nan", "zero2-bf16-nan"])
+def test_a_value_that_is_not_finite_on_one_process_skips_the_step_on_both(two, mixed, name):
+    outcomes = [outcome(mixed.root, name, rank) for rank in range(2)]
+    named = [line for found in outcomes for line in found["log"] if "skipped: the loss is not finite" in line]
+    assert named and all("rows.json:6" in line for line in named)
+    weights = load_file(mixed.root / name / "model.safetensors")
+    assert all(value.isfinite().all() for value in weights.values())
+    rows = outcomes[0]["rows"]
+    assert rows[-1]["skipped_steps"] == len(named) < 5 and 0 < rows[-1]["loss"] < rows[0]["loss"]
+
+
+@needs_deepspeed
+def test_what_cannot_go_on_is_refused(two, mixed):
+    assert "ZeRO-3 is not supported" in outcome(mixed.root, "zero3")["error"]
+    assert "expected zero1 over 2 processes" in outcome(mixed.root, "other-stage")["error"]
+    assert "made without DeepSpeed" in outcome(mixed.root, "from-one")["error"]
+
+
+class Recorder:
+    def __init__(self):
+        self.taken = []
+
+    def process_gradients(self, parameter, group):
+        self.taken.append(parameter)
+
+
+def test_gradients_are_handed_over_in_one_order():
+    model = torch.nn.Module()
+    model.model, model.box_feature_resampler = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2, bias=False)
+    weight, bias, teacher = *model.model.parameters(), model.box_feature_resampler.weight
+    for arrival in ([weight, bias, teacher], [teacher, weight, bias], [bias, teacher, weight]):
+        recorder = Recorder()
+        order = GradientOrder(recorder, model)
+        for _ in range(2):
+            for parameter in arrival:
+                recorder.process_gradients(parameter, 0)
+            order.check_empty()
+        assert [id(p) for p in recorder.taken] == [id(p) for p in (bias, weight, teacher)] * 2
+    recorder.process_gradients(teacher, 0)
+    with pytest.raises(RuntimeError, match="1 of 3"):
+        order.check_empty()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"zero_optimization": {"stage": 3}}, "ZeRO-3 is not supported"),
+        ({"zero_optimization": {"stage": 1}}, "expected zero1"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "offloading"),
+        ({"fp16": {"enabled": True}}, "fp16"),
+        ({"bf16": {"enabled": True, "check_grad_overflow": False}}, "check_grad_overflow"),
+    ],
+)
+def test_other_configurations_are_refused(changes, message):
+    config = json.loads((CONFIGS / "deepspeed" / "zero2.json").read_text())
+    check_deepspeed_config(config, "zero2")
+    with pytest.raises(ConfigError, match=message):
+        check_deepspeed_config({**config, **changes}, "zero2")
+
+
+def test_the_launchers_configuration_decides(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(CONFIGS / "deepspeed" / "zero1.json"))
+    assert resolve_parallel(TrainSettings()) == "zero1"
+    with pytest.raises(ConfigError, match="expected zero1"):
+        resolve_parallel(TrainSettings(parallel="zero2"))
+    monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED")
+    with pytest.raises(ConfigError, match="use parallel=fsdp2|Use parallel=fsdp2"):
+        resolve_parallel(TrainSettings(parallel="zero3"))
