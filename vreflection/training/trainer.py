@@ -82,7 +82,6 @@ class LatentTrainer(CheckpointingTrainer, Trainer):
         self.grad_norm: torch.Tensor | float | None = None
         self.meter = ThroughputMeter(model, args.device)
         self.run_free = MethodType(free_running_inputs, model)
-        self.logged_step = 0
         self.add_callback(StopAfterStep(self))
 
     def get_train_dataloader(self) -> DataLoader:
@@ -112,7 +111,6 @@ class LatentTrainer(CheckpointingTrainer, Trainer):
             # Sharded already; the default would replicate it on top.
             self.accelerator.prepare_model = lambda model, *_, **__: model
             self.run_free = bind_forward_method(self.model, "free_running_inputs", free_running_inputs)
-        self.logged_step = self.state.global_step
         prepared = super()._prepare_for_training(*args, **kwargs)
         if self.is_deepspeed_enabled:
             self.gradient_order = GradientOrder(self.deepspeed.optimizer, self._core())  # pyright: ignore
@@ -217,8 +215,8 @@ class LatentTrainer(CheckpointingTrainer, Trainer):
 
     def note(self, output, shares: torch.Tensor | None) -> None:
         """Remember loss parts and gauges as device tensors; they are read only when logged."""
-        shares = torch.ones(2, device=output.loss.device) if shares is None else shares / self.args.world_size
-        zero = torch.zeros((), device=output.loss.device)
+        weights = torch.ones(2, device=output.loss.device) if shares is None else shares / self.args.world_size
+        absent = torch.full((), math.nan, device=output.loss.device)
         values = {name: (value.detach(), name == "cross_entropy") for name, value in output.losses.items()}
         traits = self.latent_config.traits
         for part, latents in (("teacher", output.teacher_latents), ("student", output.student_latents)):
@@ -226,22 +224,24 @@ class LatentTrainer(CheckpointingTrainer, Trainer):
                 continue
             found = latent_gauges(latents) if latents is not None else {}
             for name in ("std_over_samples", "query_diversity"):
-                values[f"{part}_{name}"] = (found.get(name, zero), False)
+                values[f"{part}_{name}"] = (found.get(name, absent), False)
         for name, (value, per_token) in values.items():
-            weighted = torch.nan_to_num(value.float(), 0.0, 0.0, 0.0) * shares[0 if per_token else 1]
-            self.pending[name] = self.pending.get(name, zero) + weighted
+            weight = weights[0 if per_token else 1] * torch.isfinite(value)
+            held = torch.stack([torch.nan_to_num(value.float(), 0.0, 0.0, 0.0) * weight, weight])
+            self.pending[name] = self.pending.get(name, 0.0) + held
+
+    def means(self) -> dict[str, float]:
+        """What was noted since the last time, on all processes together; left out where nothing had a value."""
+        names = sorted(self.pending)
+        held = torch.stack([self.pending[name] for name in names]) if names else torch.zeros(0, 2)
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(held)
+        self.pending = {}
+        return {name: total / weight for name, (total, weight) in zip(names, held.tolist()) if weight}
 
     def log(self, logs, *args, **kwargs):
         if "loss" in logs:
-            steps = max(self.state.global_step - self.logged_step, 1)
-            self.logged_step = self.state.global_step
-            names = sorted(self.pending)
-            values = torch.stack([self.pending[name] for name in names]) if names else torch.zeros(0)
-            if dist.is_available() and dist.is_initialized():
-                dist.all_reduce(values)
-            self.pending = {}
-            logs = {**logs, **{name: float(value) / steps for name, value in zip(names, values.tolist())}}
-            logs |= self.meter.read()
+            logs = {**logs, **self.means(), **self.meter.read()}
             if self.guard.skipped:
                 logs["skipped_steps"] = self.guard.skipped
         # Curves of steps that were skipped have no value; tools that read them need numbers.
