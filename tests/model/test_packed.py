@@ -7,6 +7,7 @@ from vreflection.data.collate import PackedCollator
 from vreflection.data.encode import EncodedSample
 from vreflection.data.positions import mrope_positions
 from vreflection.model.packed_attention import PACKED_ATTENTION, packed_attention
+from vreflection.model.packed_vision import pack_vision_attention, unpack_vision_attention
 
 BOX_A, BOX_B = [0.1, 0.2, 0.6, 0.7], [0.4, 0.0, 0.95, 0.5]
 
@@ -146,3 +147,33 @@ def test_every_trainable_parameter_gets_a_gradient_whatever_the_side(tiny, rows,
         assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     queries = model.box_feature_resampler.queries.grad
     assert (queries == 0).all()  # the last batch had no box
+
+
+@pytest.mark.parametrize("windows", [True, False], ids=["windowed blocks", "full attention only"])
+def test_the_vision_towers_windows_in_one_call_each_length(tiny, windows):
+    model = tiny.model("stage1")
+    visual = model.model.visual
+    if not windows:
+        visual.fullatt_block_indexes = list(range(len(visual.blocks)))
+    images = [(3, 4), (8, 8), (5, 2), (6, 9), (8, 8)]
+    pixels, grids = tiny.pixels(images), torch.tensor([[1, 2 * h, 2 * w] for h, w in images])
+    expected = model.visual_tokens(pixels, grids)
+    state = set(model.state_dict())
+    pack_vision_attention(visual)
+    pack_vision_attention(visual)
+    torch.testing.assert_close(model.visual_tokens(pixels, grids), expected, rtol=1e-5, atol=1e-5)
+    calls = []
+    plain = torch.nn.functional.scaled_dot_product_attention
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        return plain(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
+        model.visual_tokens(pixels, grids)
+        packed_calls = len(calls)
+        unpack_vision_attention(visual)
+        assert torch.equal(model.visual_tokens(pixels, grids), expected)
+    assert packed_calls < len(calls) - packed_calls
+    assert set(model.state_dict()) == state

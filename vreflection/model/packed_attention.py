@@ -28,9 +28,14 @@ class Sequences:
 
 
 def packed_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: tuple[int, ...], scale: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    lengths: tuple[int, ...],
+    scale: float,
+    causal: bool = True,
 ) -> torch.Tensor:
-    """Attend causally within each sequence of a packed row.
+    """Attend within each sequence of a packed row.
 
     Args:
         query: `(1, H, L, E)`. key, value: `(1, G, L, E)`, G a divisor of H.
@@ -40,7 +45,7 @@ def packed_attention(
         `(1, L, H, E)`.
     """
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
-        return varlen_attention(query, key, value, lengths, scale)
+        return varlen_attention(query, key, value, lengths, scale, causal)
     parts = [tensor.split(lengths, dim=2) for tensor in (query, key, value)]
     outputs: list[torch.Tensor | None] = [None] * len(lengths)
     # Sequences of one length go in one call.
@@ -48,13 +53,15 @@ def packed_attention(
     for _, group in groupby(order, key=lengths.__getitem__):
         members = list(group)
         q, k, v = (torch.cat([part[i] for i in members]) for part in parts)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+        out = F.scaled_dot_product_attention(
+            q, k, v, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )  # fmt: skip
         for i, sequence in zip(members, out.transpose(1, 2).split(1)):
             outputs[i] = sequence
     return torch.cat(outputs, dim=1)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
-def varlen_attention(query, key, value, lengths: tuple[int, ...], scale: float) -> torch.Tensor:
+def varlen_attention(query, key, value, lengths: tuple[int, ...], scale: float, causal: bool) -> torch.Tensor:
     """One variable-length flash kernel for the whole row (half precision on a GPU)."""
     from torch.nn.attention.varlen import varlen_attn
 
@@ -65,20 +72,22 @@ def varlen_attention(query, key, value, lengths: tuple[int, ...], scale: float) 
     if groups > 1:  # grouped heads are newer than the oldest torch supported
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     longest = max(lengths)
-    # Causal is a window of everything before and nothing after; the scale is applied here as older versions fix it.
+    # The scale is applied here as older versions fix it.
     q = q * (scale * q.shape[-1] ** 0.5)
-    out = varlen_attn(q.contiguous(), k.contiguous(), v.contiguous(), bounds, bounds, longest, longest, **causal_flag())
+    out = varlen_attn(
+        q.contiguous(), k.contiguous(), v.contiguous(), bounds, bounds, longest, longest, **causal_flag(causal)
+    )
     return out[None]  # pyright: ignore[reportCallIssue, reportArgumentType, reportIndexIssue]
 
 
-def causal_flag() -> dict:
-    """How this torch spells causal masking for `varlen_attn`."""
+def causal_flag(causal: bool) -> dict:
+    """How this torch spells causal masking for `varlen_attn`: a window of everything before and nothing after."""
     import inspect
 
     from torch.nn.attention.varlen import varlen_attn
 
     known = inspect.signature(varlen_attn).parameters
-    return {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    return {"window_size": (-1, 0 if causal else -1)} if "window_size" in known else {"is_causal": causal}
 
 
 def host_attention(

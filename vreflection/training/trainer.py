@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from ..errors import TrainingError
 from ..model.layout import BatchLayout
 from ..model.modeling import VReflectionForConditionalGeneration
 from .arguments import parameter_groups
@@ -31,12 +32,14 @@ HOST_KEYS = ("boxes", "box_sample", "box_image")
 
 
 class StopAfterStep(TrainerCallback):
-    """Turns a received stop signal into a checkpoint and the end of training."""
+    """Turns a received stop signal into a checkpoint and the end of training; lets the schedule count every step."""
 
     def __init__(self, trainer: LatentTrainer):
         self.trainer = trainer
 
     def on_step_end(self, args, state, control, **kwargs):
+        if self.trainer.schedule_behind:
+            self.trainer.lr_scheduler.step()
         if self.trainer.stopping:
             control.should_save = control.should_training_stop = True
 
@@ -73,6 +76,7 @@ class LatentTrainer(CheckpointingTrainer, Trainer):
         if self.is_deepspeed_enabled:
             check_deepspeed_config(self.accelerator.state.deepspeed_plugin.deepspeed_config, parallel)
         self.gradient_order: GradientOrder | None = None
+        self.schedule_behind = False
         uses_latents = model.config.traits.slot_input == "latents"
         self.free_share = settings.free_running.share if uses_latents else lambda progress: 0.0
         # The loss below is already that of the whole step.
@@ -209,9 +213,10 @@ class LatentTrainer(CheckpointingTrainer, Trainer):
         optimizer = self._plain_optimizer()
         if skip and isinstance(optimizer, SkippableAdamW):
             optimizer.skip_next = True
-        elif skip and self.is_deepspeed_enabled:
-            # DeepSpeed skipped it by itself; the schedule goes on as it does otherwise.
-            self.lr_scheduler.step()
+        # DeepSpeed skips by itself, and then the host trainer leaves out the schedule's step too.
+        self.schedule_behind = skip and self.is_deepspeed_enabled
+        if self.schedule_behind and not self.deepspeed.optimizer.overflow:  # pyright: ignore
+            raise TrainingError("DeepSpeed took a step whose loss or gradient is not finite; use parallel=fsdp2")
 
     def note(self, output, shares: torch.Tensor | None) -> None:
         """Remember loss parts and gauges as device tensors; they are read only when logged."""

@@ -1,0 +1,54 @@
+"""The vision tower's attention over all its windows and images at once.
+
+Without flash attention the host library attends window by window and image by image, one small call each. Here equal
+lengths go in one call (on a GPU all of them, in torch's varlen kernel). Weights, rotation and result are the host's.
+"""
+
+from __future__ import annotations
+
+from types import MethodType
+
+import torch
+from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
+
+from .packed_attention import packed_attention
+
+
+def pack_vision_attention(visual: nn.Module) -> None:
+    """Let a Qwen2.5-VL vision tower, in place and this one only, attend to packed windows; again is harmless."""
+    lengths = SegmentLengths()
+    for block in visual.blocks:  # pyright: ignore
+        block.attn.forward = MethodType(packed_forward(lengths), block.attn)
+
+
+def unpack_vision_attention(visual: nn.Module) -> None:
+    """The host library's own attention again."""
+    for block in visual.blocks:  # pyright: ignore
+        block.attn.__dict__.pop("forward", None)
+
+
+class SegmentLengths:
+    """Host integers of `cu_seqlens`, read from the device once per tensor and not once per layer."""
+
+    def __init__(self):
+        self.known = WeakIdKeyDictionary()
+
+    def of(self, cu_seqlens: torch.Tensor) -> tuple[int, ...]:
+        if cu_seqlens not in self.known:
+            self.known[cu_seqlens] = tuple(cu_seqlens.diff().tolist())
+        return self.known[cu_seqlens]
+
+
+def packed_forward(lengths: SegmentLengths):
+    def forward(self, hidden_states, cu_seqlens, rotary_pos_emb=None, position_embeddings=None, **kwargs):
+        patches = hidden_states.shape[0]
+        qkv = self.qkv(hidden_states).reshape(patches, 3, self.num_heads, -1)
+        query, key, value = qkv.permute(1, 0, 2, 3).unbind(0)  # [patches, heads, width] each
+        query, key = apply_rotary_pos_emb_vision(query, key, *position_embeddings)
+        heads = [states.transpose(0, 1)[None] for states in (query, key, value)]
+        attended = packed_attention(*heads, lengths.of(cu_seqlens), self.scaling, causal=False)
+        return self.proj(attended.reshape(patches, -1))
+
+    return forward
