@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from vreflection.training.parallel import resolve_parallel
 from vreflection.training.run import run_training
 from vreflection.training.settings import TrainSettings
 from vreflection.training.values import build
-from vreflection.training.zero import GradientOrder, check_deepspeed_config
+from vreflection.training.zero import GradientOrder, check_deepspeed_config, poisoned
 
 JOBS = Path(__file__).with_name("jobs.py")
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -73,6 +74,7 @@ def two(mixed, one):
     job("buckets", "zero2", {"deepspeed": buckets})
     job("stage2", "zero2", stage="stage2", model=str(mixed.root / "one"), latent={})
     job("zero3", "zero3")
+    job("abort", "zero2", broken=True, safety={"max_bad_steps": 1})
     job("other-stage", "zero2", SAVING, source="zero1/checkpoint-2", resume=True)
     job("from-one", "zero2", SAVING, source="one/checkpoint-2", resume=True)
     launch(listed, mixed.root, "zero")
@@ -122,6 +124,8 @@ def test_a_value_that_is_not_finite_on_one_process_skips_the_step_on_both(two, m
     assert all(value.isfinite().all() for value in weights.values())
     rows = outcomes[0]["rows"]
     assert rows[-1]["skipped_steps"] == len(named) < 5 and 0 < rows[-1]["loss"] < rows[0]["loss"]
+    # The schedule counts skipped steps, as it does without DeepSpeed.
+    assert [row["learning_rate"] for row in rows] == pytest.approx([1e-3, 8e-4, 6e-4, 4e-4, 2e-4])
 
 
 @needs_deepspeed
@@ -129,6 +133,21 @@ def test_what_cannot_go_on_is_refused(two, mixed):
     assert "ZeRO-3 is not supported" in outcome(mixed.root, "zero3")["error"]
     assert "expected zero1 over 2 processes" in outcome(mixed.root, "other-stage")["error"]
     assert "made without DeepSpeed" in outcome(mixed.root, "from-one")["error"]
+
+
+@needs_deepspeed
+def test_too_many_skipped_steps_end_the_run(two, mixed):
+    for rank in range(2):
+        error = outcome(mixed.root, "abort", rank)["error"]
+        assert error.startswith("TrainingError: 1 steps in a row had a loss or gradient that is not finite")
+
+
+def test_a_loss_that_is_not_finite_has_no_finite_gradient():
+    weight = torch.ones(2, requires_grad=True)
+    poisoned(weight.sum()).backward()
+    assert weight.grad.tolist() == [1.0, 1.0]
+    poisoned(weight.sum() + math.inf).backward()
+    assert weight.grad.isnan().all()
 
 
 class Recorder:

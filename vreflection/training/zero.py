@@ -104,8 +104,8 @@ class GradientOrder:
     def __init__(self, optimizer: Any, model: nn.Module):
         if not callable(getattr(optimizer, "process_gradients", None)):
             raise ConfigError(
-                f"parallel: DeepSpeed's {type(optimizer).__name__} does not let gradients be ordered; use DeepSpeed 0.19 "
-                "(and, for zero1, no data_types.grad_accum_dtype), or parallel=fsdp2"
+                f"parallel: DeepSpeed's {type(optimizer).__name__} does not let gradients be ordered; use DeepSpeed "
+                "0.19 (and, for zero1, no data_types.grad_accum_dtype), or parallel=fsdp2"
             )
         self.order = gradient_order(model)
         self.hand_over = optimizer.process_gradients
