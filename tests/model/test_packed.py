@@ -7,7 +7,7 @@ from vreflection.data.collate import PackedCollator
 from vreflection.data.encode import EncodedSample
 from vreflection.data.positions import mrope_positions
 from vreflection.model.packed_attention import PACKED_ATTENTION, packed_attention
-from vreflection.model.packed_vision import pack_vision_attention, unpack_vision_attention
+from vreflection.model.packed_vision import pack_vision, unpack_vision
 
 BOX_A, BOX_B = [0.1, 0.2, 0.6, 0.7], [0.4, 0.0, 0.95, 0.5]
 
@@ -159,8 +159,8 @@ def test_the_vision_towers_windows_in_one_call_each_length(tiny, windows):
     pixels, grids = tiny.pixels(images), torch.tensor([[1, 2 * h, 2 * w] for h, w in images])
     expected = model.visual_tokens(pixels, grids)
     state = set(model.state_dict())
-    pack_vision_attention(visual)
-    pack_vision_attention(visual)
+    pack_vision(visual)
+    pack_vision(visual)
     torch.testing.assert_close(model.visual_tokens(pixels, grids), expected, rtol=1e-5, atol=1e-5)
     calls = []
     plain = torch.nn.functional.scaled_dot_product_attention
@@ -173,7 +173,7 @@ def test_the_vision_towers_windows_in_one_call_each_length(tiny, windows):
         patch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
         model.visual_tokens(pixels, grids)
         packed_calls = len(calls)
-        unpack_vision_attention(visual)
+        unpack_vision(visual)
         assert torch.equal(model.visual_tokens(pixels, grids), expected)
     assert packed_calls < len(calls) - packed_calls
     assert set(model.state_dict()) == state

@@ -1,7 +1,8 @@
-"""The vision tower's attention over all its windows and images at once.
+"""The vision tower over all its windows and images at once.
 
 Without flash attention the host library attends window by window and image by image, one small call each. Here equal
-lengths go in one call (on a GPU all of them, in torch's varlen kernel). Weights, rotation and result are the host's.
+lengths go in one call (on a GPU all of them, in torch's varlen kernel). Patches are embedded by a matrix product: the
+host's convolution has a kernel as large as its stride. Weights, rotation and result are the host's.
 """
 
 from __future__ import annotations
@@ -16,17 +17,24 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_
 from .packed_attention import packed_attention
 
 
-def pack_vision_attention(visual: nn.Module) -> None:
-    """Let a Qwen2.5-VL vision tower, in place and this one only, attend to packed windows; again is harmless."""
+def pack_vision(visual: nn.Module) -> None:
+    """Let a Qwen2.5-VL vision tower, in place and this one only, work on all windows at once; again is harmless."""
     lengths = SegmentLengths()
+    visual.patch_embed.forward = MethodType(embed_patches, visual.patch_embed)
     for block in visual.blocks:  # pyright: ignore
         block.attn.forward = MethodType(packed_forward(lengths), block.attn)
 
 
-def unpack_vision_attention(visual: nn.Module) -> None:
-    """The host library's own attention again."""
+def unpack_vision(visual: nn.Module) -> None:
+    """The host library's own forms again."""
+    visual.patch_embed.__dict__.pop("forward", None)
     for block in visual.blocks:  # pyright: ignore
         block.attn.__dict__.pop("forward", None)
+
+
+def embed_patches(self, patches_PC: torch.Tensor) -> torch.Tensor:
+    weight = self.proj.weight.flatten(1)
+    return nn.functional.linear(patches_PC.reshape(-1, weight.shape[1]).to(weight.dtype), weight, self.proj.bias)
 
 
 class SegmentLengths:

@@ -22,7 +22,7 @@ from ..model.checkpoint import local_folder
 from ..model.config import STAGES
 from ..model.modeling import VReflectionForConditionalGeneration
 from ..model.packed_attention import PACKED_ATTENTION
-from ..model.packed_vision import pack_vision_attention, unpack_vision_attention
+from ..model.packed_vision import pack_vision, unpack_vision
 from ..model.processor import VReflectionProcessor
 from .acceleration import accelerate_model
 from .adapters import add_adapters, has_adapters, load_adapters, merge_adapters
@@ -117,7 +117,7 @@ def load_model(
     model.objective = settings.latent_objective()
     model.freeze_for_stage()
     if not (settings.attn_implementation or "sdpa").startswith(("flash_attention", "eager")):
-        pack_vision_attention(model.model.visual)
+        pack_vision(model.model.visual)
     if settings.lora.rank:
         add_adapters(model, settings.lora)
         if resume_from is not None:
@@ -274,7 +274,7 @@ def save_result(trainer: LatentTrainer, processor: VReflectionProcessor, setting
     if has_adapters(model):
         merge_adapters(model)
         weights = model.state_dict()
-    unpack_vision_attention(model.model.visual)
+    unpack_vision(model.model.visual)
     if settings.data.pack_tokens is not None:
         model.set_attn_implementation({"text_config": settings.attn_implementation or "sdpa"})
     if not is_main_process() or weights is None:
