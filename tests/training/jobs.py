@@ -61,7 +61,7 @@ def run(job, folder):
     try:
         result = run_training(build(TrainSettings, settings, "job"), on_step=on_step, **extra)
         outcome["losses"] = [row["loss"] for row in result.history if "loss" in row]
-        outcome["rows"] = [row for row in result.history if "loss" in row]
+        outcome["rows"] = [row for row in result.history if "loss" in row or "skipped_steps" in row]
         outcome["stopped_at"] = result.stopped_at
     except Exception as error:
         outcome["error"] = f"{type(error).__name__}: {error}"

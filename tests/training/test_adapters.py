@@ -55,6 +55,8 @@ def test_a_run_with_adapters_ends_in_a_plain_checkpoint(mixed):
         assert torch.equal(value, result.model.state_dict()[name]), name
     stored = mixed.root / "lora" / "checkpoint-2"
     assert (stored / "adapters.safetensors").exists() and not (stored / "model.safetensors").exists()
+    with pytest.raises(CheckpointError, match="holds adapters of an unfinished run.*--resume"):
+        Model.from_pretrained(stored)
 
 
 def test_wrong_ways_to_use_them_are_refused(mixed):
@@ -63,9 +65,11 @@ def test_wrong_ways_to_use_them_are_refused(mixed):
         train(mixed.settings("x", lora={"rank": 2}, parallel="zero2"))
     with pytest.raises(ConfigError, match="rank >= 0, alpha > 0"):
         build(TrainSettings, mixed.settings("x", lora={"rank": -1}), "test")
+    with pytest.raises(ConfigError, match="need mixed precision; --set trainer.bf16=true"):
+        train(mixed.settings("x", lora={"rank": 2}, dtype="bfloat16"))
     train(mixed.settings("full", trainer=steps))
-    with pytest.raises(CheckpointError, match="expected adapters.safetensors, found none; was this run started"):
+    with pytest.raises(CheckpointError, match="lora.rank: 0 then, 2 now"):
         train(mixed.settings("full", lora={"rank": 2}, trainer=steps, resume=True))
     train(mixed.settings("other", lora={"rank": 2}, trainer=steps))
-    with pytest.raises(CheckpointError, match="the adapters are others than the settings ask for"):
+    with pytest.raises(CheckpointError, match="lora.rank: 2 then, 4 now"):
         train(mixed.settings("other", lora={"rank": 4}, trainer=steps, resume=True))

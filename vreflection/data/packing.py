@@ -7,6 +7,7 @@ very next one.
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -130,16 +131,22 @@ class RankBatches:
         plan: see `BatchPlan`.
         count: micro-batches of this rank over the whole run.
         rank, world: this process and how many there are.
+        shift: the plan's number of the first micro-batch. Negative numbers stand for batches that a resumed run leaves
+            out anyway; they are empty.
     """
 
-    def __init__(self, plan: BatchPlan, count: int, rank: int = 0, world: int = 1):
-        self.plan, self.count, self.rank, self.world = plan, count, rank, world
+    def __init__(self, plan: BatchPlan, count: int, rank: int = 0, world: int = 1, shift: int = 0):
+        self.plan, self.count, self.rank, self.world, self.shift = plan, count, rank, world, shift
 
     def __len__(self) -> int:
         return self.count
 
     def __iter__(self) -> Iterator[list[int]]:
-        for _, batch in islice(self.plan.batches(), self.rank, self.count * self.world, self.world):
+        first = self.shift + self.rank
+        before = 0 if first >= 0 else min(self.count, math.ceil(-first / self.world))
+        yield from ([] for _ in range(before))
+        start = first + before * self.world
+        for _, batch in islice(self.plan.batches(), start, start + (self.count - before) * self.world, self.world):
             yield batch
 
 

@@ -25,6 +25,7 @@ KEY_MAPPING = {
 }
 TEACHER_PREFIX, STUDENT_PREFIX = "box_feature_resampler.", "student_resampler."
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+ADAPTER_FILE = "adapters.safetensors"
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 LATENT_TOKEN_OF = {
     "lvr_start_id": "<|lvr_start|>",
@@ -100,6 +101,11 @@ def weight_files(folder: Path) -> list[Path]:
             raise CheckpointError(f"{folder}: shards {missing} named in {index.name} are missing; copy them there")
         return [folder / name for name in names]
     found = sorted(folder.glob("*.safetensors"))
+    if [path.name for path in found] == [ADAPTER_FILE]:
+        raise CheckpointError(
+            f"{folder}: holds adapters of an unfinished run and no model of its own; let the run finish (the same "
+            "command with --resume), its output is a whole model"
+        )
     if found:
         return found
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLE_SUFFIXES)

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError, ConfigError
+from ..model.checkpoint import ADAPTER_FILE
 from .settings import LoraSettings
 
-ADAPTERS = "adapters.safetensors"
 # The vision tower has layers of the same names.
 TARGETS = r"model\.language_model\.layers\.\d+\..*\.(q|k|v|o|gate|up|down)_proj"
 MODULES = ("box_feature_resampler", "student_resampler")
@@ -71,7 +71,7 @@ def save_adapters(model: nn.Module, weights: dict[str, torch.Tensor], folder: Pa
     from safetensors.torch import save_file
 
     trained = {name: value.contiguous() for name, value in weights.items() if is_trained(name)}
-    save_file(trained, folder / ADAPTERS)
+    save_file(trained, folder / ADAPTER_FILE)
     model.config.save_pretrained(folder)  # pyright: ignore
 
 
@@ -83,9 +83,9 @@ def load_adapters(model: nn.Module, folder: Path) -> None:
     """
     from safetensors.torch import load_file
 
-    if not (folder / ADAPTERS).exists():
-        raise CheckpointError(f"{folder}: expected {ADAPTERS}, found none; was this run started without lora?")
-    stored = load_file(folder / ADAPTERS)
+    if not (folder / ADAPTER_FILE).exists():
+        raise CheckpointError(f"{folder}: expected {ADAPTER_FILE}, found none; was this run started without lora?")
+    stored = load_file(folder / ADAPTER_FILE)
     expected = {name: value for name, value in model.state_dict().items() if is_trained(name)}
     wrong = sorted(set(stored) ^ set(expected)) or [n for n in stored if stored[n].shape != expected[n].shape]
     if wrong:
@@ -108,4 +108,7 @@ def merge_adapters(model: nn.Module) -> None:
         layer.merge(safe_merge=True)
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, layer.get_base_layer())
+    for name in MODULES:
+        if hasattr(model, name):
+            getattr(model, name).to(model.lm_head.weight.dtype)  # pyright: ignore
     del model.peft_config  # pyright: ignore

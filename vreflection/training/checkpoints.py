@@ -103,6 +103,7 @@ class CheckpointingTrainer(Base):
 
     save_extras: Callable[[Path], None] | None = None
     failed_saves = 0
+    stopping = False
     parallel = "ddp"
 
     def _save_checkpoint(self, model, trial) -> None:
@@ -151,7 +152,8 @@ class CheckpointingTrainer(Base):
 
     def _tasks(self, folder: Path) -> list[Callable[[], Any]]:
         tasks: list[Callable[[], Any]] = [lambda: self._save_weights(folder)]
-        if not self.args.save_only_model:
+        # What a signal ends must be able to go on.
+        if not self.args.save_only_model or self.stopping:
             tasks += [lambda: self._save_optimizer(folder), lambda: self._save_rng_state(str(folder))]
             tasks += [lambda: self._save_scaler(str(folder))]
         if self.args.should_save:
@@ -160,7 +162,7 @@ class CheckpointingTrainer(Base):
 
     def _deepspeed_tasks(self, folder: Path) -> list[Callable[[], Any]]:
         tasks: list[Callable[[], Any]] = [lambda: self.save_model(str(folder), _internal_call=True)]
-        if not self.args.save_only_model:
+        if not self.args.save_only_model or self.stopping:
             tasks += [lambda: self._save_optimizer_and_scheduler(str(folder))]
             tasks += [lambda: self._save_rng_state(str(folder))]
         if self.args.should_save:
@@ -234,10 +236,12 @@ def publish(partial: Path, final: Path) -> None:
     for path in sorted(partial.rglob("*"), reverse=True):
         sync(path)
     sync(partial)
-    if final.exists():  # an earlier run's, of the same step
-        shutil.rmtree(final)
+    replaced = final.with_name(f".{final.name}.replaced.partial")
+    if final.exists():
+        os.rename(final, replaced)
     os.rename(partial, final)
     sync(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def sync(path: Path) -> None:

@@ -40,12 +40,12 @@ class TrainData:
     report: ReadReport
     packed: bool
 
-    def loader(self, count: int, rank: int, world: int, workers: int, pad: int, pin: bool) -> DataLoader:
-        """This process's `count` micro-batches, in order."""
+    def loader(self, count: int, shift: int, rank: int, world: int, workers: int, pad: int, pin: bool) -> DataLoader:
+        """This process's `count` micro-batches, in order, the first of all processes being number `shift`."""
         collate = PackedCollator(keep_sources=True) if self.packed else Collator(pad, keep_sources=True)
         return DataLoader(
             self.dataset,
-            batch_sampler=RankBatches(self.plan, count, rank, world),  # pyright: ignore[reportArgumentType]
+            batch_sampler=RankBatches(self.plan, count, rank, world, shift),  # pyright: ignore[reportArgumentType]
             collate_fn=collate,
             num_workers=workers,
             pin_memory=pin,
@@ -91,6 +91,7 @@ def plan_data(
         held_out = choose_held_out(usable, settings.held_out, seed)
         usable = np.setdiff1d(usable, held_out)
     plan = BatchPlan(usable, seed, batch_size, settings.pack_tokens, measured.tokens[usable])
+    dataset.stand_ins = plan.indices
     if settings.pack_tokens is not None:
         logger.info(packing_report(plan).summary())
     return TrainData(dataset, plan, held_out, report, settings.pack_tokens is not None)

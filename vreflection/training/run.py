@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import yaml
-from transformers import PrinterCallback, TrainerCallback, set_seed
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainingArguments, set_seed
 
 from ..data.encode import EncodedSample, ImageTokens, LatentDataset
 from ..data.feature_store import FeatureStore
@@ -30,6 +30,7 @@ from .arguments import training_arguments
 from .checkpoints import newest_checkpoint
 from .config import settings_dict
 from .features import feature_key, fill_feature_store
+from .folder import check_new_run, check_resumed_settings, claimed, read_progress, write_progress
 from .loader import TrainData, plan_data, run_length
 from .parallel import is_main_process, lost_peers_explained, resolve_parallel
 from .probe import HeldOutProbe
@@ -75,6 +76,8 @@ def check_start(settings: TrainSettings, parallel: str) -> None:
         raise ConfigError("output: expected a folder for the checkpoint, got none; --set output=<folder>")
     if settings.lora.rank and parallel != "ddp":
         raise ConfigError(f"lora: expected parallel=ddp (the base model is not sharded), got {parallel!r}")
+    if settings.lora.rank and settings.dtype == "bfloat16" and not settings.trainer.get("bf16"):
+        raise ConfigError("lora: adapters over bfloat16 weights need mixed precision; --set trainer.bf16=true")
     if settings.gauges.every and not settings.data.held_out:
         raise ConfigError("gauges.every: needs held-out rows; --set data.held_out=64, or a file of such rows")
 
@@ -163,13 +166,34 @@ def run_training(
             f"parallel: {parallel} shares the work among processes; start with torchrun --nproc-per-node <GPUs> "
             "-m vreflection train …, or --set parallel=ddp for one GPU"
         )
+    check_new_run(settings)
     resume_from = newest_checkpoint(settings.output, parallel) if settings.resume else None
+    if resume_from is not None:
+        check_resumed_settings(resume_from, settings)
     args = training_arguments(settings, parallel)
     if args.n_gpu > 1:
         raise ConfigError(
             f"expected one GPU per process, got one process that sees {args.n_gpu}; start with torchrun "
             f"--nproc-per-node {args.n_gpu} -m vreflection train …, or show it one: CUDA_VISIBLE_DEVICES=0"
         )
+    with claimed(Path(settings.output), is_main_process()):
+        return run_claimed(
+            settings, args, parallel, resume_from, samples, feature_cache, on_step, callbacks, handle_signals
+        )  # fmt: skip
+
+
+def run_claimed(
+    settings: TrainSettings,
+    args: TrainingArguments,
+    parallel: str,
+    resume_from: Path | None,
+    samples: Sequence[Sample] | None,
+    feature_cache: Mapping[str, ImageTokens] | None,
+    on_step: Callable[[int, int], None] | None,
+    callbacks: list[TrainerCallback] | None,
+    handle_signals: bool,
+) -> TrainResult:
+    """`run_training` after what can be checked at once."""
     _ = args.device  # joins the other processes; what loads the model may already need to know them
     # Before the model: initial queries and projections are drawn from this seed.
     set_seed(settings.seed)
@@ -200,12 +224,23 @@ def run_training(
     )  # fmt: skip
     if settings.gauges.every:
         trainer.add_callback(HeldOutProbe(trainer, held_out_samples(dataset, data, settings), settings.gauges.every))
-    trainer.save_extras = lambda folder: save_extras(folder, processor, settings)
+
+    def extras(folder: Path) -> None:
+        save_extras(folder, processor, settings)
+        write_progress(folder, trainer.micro_batches_used, data.plan)
+
+    trainer.save_extras = extras
     if on_step is not None:
         trainer.remove_callback(PrinterCallback)
+        trainer.remove_callback(ProgressCallback)
     first_step = 0 if resume_from is None else int(resume_from.name.rpartition("-")[2])
+    if resume_from is not None:
+        trainer.goes_on_from(first_step, read_progress(resume_from, data.plan))
+    # Signals wait until the result is saved as well.
     with lost_peers_explained(Path(settings.output)), trainer.stop.listening(handle_signals):
         outcome = trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
+        if not trainer.stopping:
+            save_result(trainer, processor, settings)
     steps = max(trainer.state.global_step - first_step, 1)
     if report is not None:
         report.merge(data.report)
@@ -216,10 +251,7 @@ def run_training(
     result = TrainResult(
         model, processor, trainer.state.log_history, outcome.metrics["train_runtime"] / steps, report
     )  # fmt: skip
-    if trainer.stopping:
-        return stopped(result, trainer, settings)
-    save_result(trainer, processor, settings)
-    return result
+    return stopped(result, trainer, settings) if trainer.stopping else result
 
 
 def held_out_samples(dataset: LatentDataset, data: TrainData, settings: TrainSettings) -> list[EncodedSample]:

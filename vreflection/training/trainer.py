@@ -81,7 +81,9 @@ class LatentTrainer(CheckpointingTrainer, Trainer):
         self.free_share = settings.free_running.share if uses_latents else lambda progress: 0.0
         # The loss below is already that of the whole step.
         self.model_accepts_loss_kwargs = True
-        self.pending: dict[str, torch.Tensor] = {}
+        self.of_step: dict[str, torch.Tensor] = {}  # notes of the coming optimizer step
+        self.pending: dict[str, torch.Tensor] = {}  # of the steps taken since the last log row
+        self.shift, self.epoch_length = 0, 0
         self.guard, self.stop, self.stopping = StepGuard(settings.safety.max_bad_steps), StopSignal(), False
         self.grad_norm: torch.Tensor | float | None = None
         self.meter = ThroughputMeter(model, args.device)
@@ -94,6 +96,7 @@ class LatentTrainer(CheckpointingTrainer, Trainer):
         count = self.args.max_steps * self.args.gradient_accumulation_steps
         return self.data.loader(
             count,
+            self.shift,
             self.args.process_index,
             self.args.world_size,
             self.args.dataloader_num_workers,
@@ -130,7 +133,7 @@ class LatentTrainer(CheckpointingTrainer, Trainer):
             batch["layout"] = self.layout(batch, device)
             # Its place in the whole run, however steps are split over processes.
             place = self.state.global_step * num_batches + len(batches)
-            batch["number"] = place * self.args.world_size + self.args.process_index
+            batch["number"] = self.shift + place * self.args.world_size + self.args.process_index
             batches.append(batch)
         counts = torch.tensor([b["layout"].counts for b in batches], dtype=torch.float64).reshape(-1, 2).sum(0)
         counts = counts.to(device, torch.float32)
@@ -162,7 +165,11 @@ class LatentTrainer(CheckpointingTrainer, Trainer):
         if self.gradient_order is not None:
             self.gradient_order.check_empty()
         self.guard.note(loss, sources)
-        return torch.nan_to_num(loss, 0.0, 0.0, 0.0)
+        loss = torch.nan_to_num(loss, 0.0, 0.0, 0.0)
+        parts = self.args.world_size * self.current_gradient_accumulation_steps
+        held = torch.stack([loss / self.args.world_size, torch.full_like(loss, 1 / parts)])
+        self.of_step["loss"] = self.of_step.get("loss", 0.0) + held
+        return loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         layout: BatchLayout = inputs["layout"]
@@ -206,13 +213,25 @@ class LatentTrainer(CheckpointingTrainer, Trainer):
         self.decide_step()
         return self.grad_norm
 
+    def goes_on_from(self, step: int, used: int) -> None:
+        """Continue the stream of micro-batches where it was left, even if a step now takes another number of them."""
+        self.shift = used - step * self.args.gradient_accumulation_steps * self.args.world_size
+
+    @property
+    def micro_batches_used(self) -> int:
+        per_step = self.args.gradient_accumulation_steps * self.args.world_size
+        return self.shift + self.state.global_step * per_step
+
     def decide_step(self) -> None:
         """Take or skip the coming optimizer step, on all processes alike."""
         stop = self.stop.received is not None
         skip, self.stopping = self.guard.decide(self.grad_norm, stop, self.state.global_step + 1)
         optimizer = self._plain_optimizer()
-        if skip and isinstance(optimizer, SkippableAdamW):
-            optimizer.skip_next = True
+        if isinstance(optimizer, SkippableAdamW):
+            optimizer.skip_next = skip
+        for name, held in ({} if skip else self.of_step).items():
+            self.pending[name] = self.pending.get(name, 0.0) + held
+        self.of_step = {}
         # DeepSpeed skips by itself, and then the host trainer leaves out the schedule's step too.
         self.schedule_behind = skip and self.is_deepspeed_enabled
         if self.schedule_behind and not self.deepspeed.optimizer.overflow:  # pyright: ignore
@@ -233,7 +252,7 @@ class LatentTrainer(CheckpointingTrainer, Trainer):
         for name, (value, per_token) in values.items():
             weight = weights[0 if per_token else 1] * torch.isfinite(value)
             held = torch.stack([torch.nan_to_num(value.float(), 0.0, 0.0, 0.0) * weight, weight])
-            self.pending[name] = self.pending.get(name, 0.0) + held
+            self.of_step[name] = self.of_step.get(name, 0.0) + held
 
     def means(self) -> dict[str, float]:
         """What was noted since the last time, on all processes together; left out where nothing had a value."""
@@ -246,9 +265,13 @@ class LatentTrainer(CheckpointingTrainer, Trainer):
 
     def log(self, logs, *args, **kwargs):
         if "loss" in logs:
-            logs = {**logs, **self.means(), **self.meter.read()}
+            # The host's own sum counts skipped steps as zero.
+            logs = {**{key: value for key, value in logs.items() if key != "loss"}, **self.means(), **self.meter.read()}
             if self.guard.skipped:
                 logs["skipped_steps"] = self.guard.skipped
+        if self.data is not None:
+            self.epoch_length = self.epoch_length or self.data.batches_per_epoch()
+            self.state.epoch = self.micro_batches_used / self.epoch_length
         # Curves of steps that were skipped have no value; tools that read them need numbers.
         logs = {key: value for key, value in logs.items() if not (isinstance(value, float) and math.isnan(value))}
         return super().log(logs, *args, **kwargs)

@@ -1,0 +1,174 @@
+"""What a run does to its output folder, and what it takes to go on in one."""
+
+import fcntl
+import json
+import logging
+import os
+import signal
+from itertools import islice
+
+import pytest
+import yaml
+
+from vreflection.data.packing import RankBatches
+from vreflection.errors import CheckpointError, ConfigError
+from vreflection.training.checkpoints import checkpoints_in
+from vreflection.training.run import run_training
+from vreflection.training.settings import TrainSettings
+from vreflection.training.values import build
+
+SAVING = {"save_strategy": "steps", "save_steps": 2}
+
+
+def train(values, **kwargs):
+    return run_training(build(TrainSettings, values, "test"), **kwargs)
+
+
+def names(mixed, folder):
+    return [path.name for path in checkpoints_in(mixed.root / folder)]
+
+
+@pytest.fixture(scope="module")
+def finished(mixed):
+    train(mixed.settings("finished", trainer=SAVING))
+    return "finished"
+
+
+def test_a_new_run_does_not_mix_with_an_earlier_ones_checkpoints(mixed, finished):
+    with pytest.raises(ConfigError, match="holds checkpoint-2, checkpoint-4 of an earlier run; go on with --resume"):
+        train(mixed.settings(finished, trainer={**SAVING, "max_steps": 2}))
+    assert names(mixed, finished) == ["checkpoint-2", "checkpoint-4"]
+
+
+def test_the_model_to_start_from_is_not_the_place_to_write_to(mixed):
+    with pytest.raises(ConfigError, match="another folder than the model's"):
+        train(mixed.settings("base"))
+
+
+def test_two_runs_do_not_share_a_folder(mixed):
+    folder = mixed.root / "busy"
+    folder.mkdir()
+    with open(folder / ".run.lock", "w") as other:
+        other.write("process 123 on node")
+        other.flush()
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match=r"another run \(process 123 on node\) is writing"):
+            train(mixed.settings("busy"))
+    train(mixed.settings("busy", trainer={"max_steps": 1}))
+    assert not (folder / ".run.lock").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"seed": 7}, "seed: 0 then, 7 now"),
+        ({"data": {"pack_tokens": 600}}, "data.pack_tokens: 300 then, 600 now"),
+        ({"optimizer": {"learning_rate": 0.5}}, "optimizer.learning_rate: 0.001 then, 0.5 now"),
+        ({"latent": {"region": "roi_align"}}, "latent.region: None then, 'roi_align' now"),
+    ],
+)
+def test_a_resumed_run_is_the_same_run(mixed, finished, changes, named):
+    with pytest.raises(CheckpointError, match=named):
+        train(mixed.settings(finished, trainer=SAVING, resume=True, **changes))
+
+
+def test_other_changes_are_named_and_taken(mixed, finished, caplog):
+    with caplog.at_level(logging.WARNING, logger="vreflection"):
+        result = train(mixed.settings(finished, trainer={**SAVING, "max_steps": 5}, resume=True))
+    assert "another setting: trainer.max_steps: 4 then, 5 now" in caplog.text
+    assert [row["step"] for row in result.history if "loss" in row] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 8])
+def test_with_another_accumulation_no_row_comes_twice_or_never(mixed, accumulation, monkeypatch):
+    """The stream of micro-batches goes on where it was left."""
+    folder = f"accumulation-{accumulation}"
+    train(mixed.settings(folder, trainer={**SAVING, "max_steps": 2}))
+    taken = []
+    batches = RankBatches.__iter__
+
+    def noted(self):
+        for batch in batches(self):
+            taken.append(batch)
+            yield batch
+
+    monkeypatch.setattr(RankBatches, "__iter__", noted)
+    more = {**SAVING, "max_steps": 4, "gradient_accumulation_steps": accumulation}
+    train(mixed.settings(folder, trainer=more, resume=True))
+    monkeypatch.undo()
+    skipped, new = taken[: 2 * accumulation], taken[2 * accumulation :]
+    assert len(skipped) + len(new) == 4 * accumulation
+    whole = json.loads((mixed.root / folder / "checkpoint-4" / "progress.json").read_text())
+    assert whole["micro_batches"] == 2 * 4 + 2 * accumulation
+    plan = captured_plan(mixed, folder)
+    assert new == [batch for _, batch in islice(plan.batches(), 8, 8 + 2 * accumulation)]
+
+
+def captured_plan(mixed, folder):
+    """The plan such a run follows."""
+    from vreflection.training import run as module
+
+    plans = []
+    original = module.plan_data
+
+    def noted(*args, **kwargs):
+        data = original(*args, **kwargs)
+        plans.append(data.plan)
+        return data
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "plan_data", noted)
+        train(mixed.settings(f"{folder}-plan", trainer={"max_steps": 1}))
+    return plans[0]
+
+
+def test_changed_rows_are_noticed(mixed, caplog):
+    values = mixed.settings("rows", trainer=SAVING)
+    rows = json.loads((mixed.root / "rows.json").read_text())
+    own = mixed.root / "own.json"
+    own.write_text(json.dumps(rows))
+    values["data"]["train"] = str(own)
+    train(values)
+    own.write_text(json.dumps(rows[:-1]))
+    values["trainer"]["max_steps"] = 5
+    with caplog.at_level(logging.WARNING, logger="vreflection"):
+        train({**values, "resume": True})
+    assert "the usable rows are others than when" in caplog.text and "(24 then, 23 now)" in caplog.text
+
+
+def test_a_signal_after_the_last_step_still_leaves_the_result(mixed):
+    def last(done, total):
+        if done == total:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    values = mixed.settings("late", trainer={"max_steps": 2})
+    result = train(values, on_step=last)
+    assert result.stopped_at is None and (mixed.root / "late" / "model.safetensors").exists()
+
+
+def test_a_stopped_run_can_go_on_even_if_it_saves_models_only(mixed):
+    def stop(done, total):
+        if done == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    only = {**SAVING, "save_only_model": True}
+    stopped = train(mixed.settings("only", trainer=only), on_step=stop)
+    assert stopped.stopped_at == 2 and stopped.stop_signal == signal.SIGTERM
+    resumed = train(mixed.settings("only", trainer=only, resume=True))
+    assert [row["step"] for row in resumed.history if "loss" in row] == [1, 2, 3, 4]
+
+
+def test_skipped_steps_have_no_loss_and_epochs_are_the_datas(mixed):
+    objective = {"alignment_weight": 1e39}
+    result = train(mixed.settings("inf", objective=objective, trainer={"max_steps": 3}))
+    rows = [row for row in result.history if "skipped_steps" in row]
+    assert rows[-1]["skipped_steps"] == 3 and not any("loss" in row for row in rows)
+    epochs = train(mixed.settings("epochs", trainer={"max_steps": 4})).history
+    seen = [row["epoch"] for row in epochs if "loss" in row]
+    # Twelve micro-batches of these rows are an epoch or so, and a step takes four.
+    assert seen[3] == pytest.approx(4 * seen[0]) and seen[3] > 1
+
+
+def test_settings_of_a_checkpoint_are_readable(mixed, finished):
+    written = yaml.safe_load((mixed.root / finished / "checkpoint-4" / "train_settings.yaml").read_text())
+    assert written["stage"] == "stage1" and written["data"]["pack_tokens"] == 300
