@@ -123,7 +123,9 @@ def test_a_value_that_is_not_finite_on_one_process_skips_the_step_on_both(two, m
     weights = load_file(mixed.root / name / "model.safetensors")
     assert all(value.isfinite().all() for value in weights.values())
     rows = outcomes[0]["rows"]
-    assert rows[-1]["skipped_steps"] == len(named) < 5 and 0 < rows[-1]["loss"] < rows[0]["loss"]
+    assert max(row.get("skipped_steps", 0) for row in rows) == len(named) < 5
+    losses = [row["loss"] for row in rows if "loss" in row]  # a skipped step's row has none
+    assert 0 < losses[-1] < losses[0]
     # The schedule counts skipped steps, as it does without DeepSpeed.
     assert [row["learning_rate"] for row in rows] == pytest.approx([1e-3, 8e-4, 6e-4, 4e-4, 2e-4])
 
