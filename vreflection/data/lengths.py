@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ from vreflection.errors import DataError
 
 # Samples per unit of work; small enough for a moving progress bar, large enough that its overhead vanishes.
 CHUNK = 512
+# An image file when it was measured: path, bytes, nanoseconds of its last change; -1 where it could not be seen.
+Stamp = tuple[str, int, int]
 
 
 @dataclass
@@ -48,45 +51,61 @@ def measure_lengths(
         dataset: see `LatentDataset`; samples above its `max_length` count as unusable.
         workers: processes; 0 measures here.
         cache: file that keeps the result. It is used only for the same rows and settings; `cache_key` says which.
+            Rows that were unusable, and rows whose image files have another size or time than then, are measured
+            again; a damaged file is none.
         on_progress: called with (measured, all).
 
     A sample that cannot be used is dropped with its reason; a broken image body shows only when it is decoded.
+
+    Raises:
+        DataError: a reason that starts with `file-`: the data file itself cannot be used.
     """
-    # Rows held in memory have no version to know them by.
-    cache = cache if isinstance(dataset.samples, Rows) else None
+    # Rows held in memory have no version to know them by, and stored features none that shows in their images.
+    cache = cache if isinstance(dataset.samples, Rows) and dataset.feature_cache is None else None
     key = cache_key(dataset) if cache is not None else ""
-    if cache is not None and (found := _read(cache, key)) is not None:
-        return found
     count = len(dataset)
-    tokens = np.zeros(count, dtype=np.int64)
-    clamped = 0
+    rows = (_read(cache, key) if cache is not None else None) or _RowLengths.unknown(count)
+    todo_k = np.flatnonzero(rows.tokens_n == 0)
+    chunks = [todo_k[at : at + CHUNK].tolist() for at in range(0, len(todo_k), CHUNK)]
+    done = count - len(todo_k)
     dropped: list[DataError] = []
-    starts = range(0, count, CHUNK)
     with _mapper(workers) as each:
-        for start, (lengths, moved, errors) in zip(starts, each(_Measure(dataset), starts)):
-            tokens[start : start + len(lengths)] = lengths
-            clamped += moved
-            dropped += [DataError(*parts) for parts in errors]
+        for chunk, (found, errors) in zip(chunks, each(_Measure(dataset), chunks)):
+            for row, tokens, clamped, images in found:
+                rows.put(row, tokens, clamped, images)
+            dropped += errors
+            done += len(chunk)
             if on_progress is not None:
-                on_progress(start + len(lengths), count)
-    measured = SampleLengths(tokens, clamped, dropped)
-    if cache is not None:
-        _write(cache, key, measured)
-    return measured
+                on_progress(done, count)
+    if cache is not None and rows.tokens_n[todo_k].any():
+        _write(cache, key, rows)
+    return SampleLengths(rows.tokens_n, int(rows.clamped_n.sum()), dropped)
 
 
 def cache_key(dataset: LatentDataset) -> str:
-    """What the lengths depend on: rows, text and image settings, and the latents per box."""
-    processor = dataset.processor
+    """What the lengths depend on: rows, image folders, text and image settings, and the latents per box."""
+    processor, samples = dataset.processor, dataset.samples
     sizes = [processor.image_grid(width, height) for width, height in ((640, 480), (4000, 3000), (40, 30))]
     words = processor.encode_text("Where is the small red note? <answer> 7 </answer>")
-    parts = [getattr(dataset.samples, "versions", None), len(dataset), dataset.slot_style, dataset.num_latents]
-    parts += [dataset.max_length, sizes, words]
+    parts = [getattr(samples, "versions", None), len(dataset), dataset.slot_style, dataset.num_latents]
+    parts += [dataset.max_length, sizes, words, image_roots(samples) if isinstance(samples, Rows) else None]
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
 
 
-def measure_sample(dataset: LatentDataset, index: int) -> tuple[int, int]:
-    """Tokens of one sample, and how many of its boxes were clamped.
+def image_roots(rows: Rows) -> list[tuple[str, str]]:
+    """Image folder, links resolved, and stand-in dataset name of every file behind the rows."""
+    found = []
+    for part in rows._parts:
+        inner, folder = getattr(part, "rows", None), getattr(part, "image_folder", None)
+        if isinstance(inner, Rows):
+            found += image_roots(inner)
+        elif folder is not None:
+            found.append((os.path.realpath(folder), getattr(part, "dataset", "")))
+    return found
+
+
+def measure_sample(dataset: LatentDataset, index: int) -> tuple[int, int, list[Stamp]]:
+    """Tokens of one sample, how many of its boxes were clamped, and its image files as they were.
 
     Raises:
         DataError: it cannot be used, as far as text, boxes and image headers tell.
@@ -94,6 +113,7 @@ def measure_sample(dataset: LatentDataset, index: int) -> tuple[int, int]:
     rows = dataset.samples
     sample, clamped = rows.parse(index) if isinstance(rows, Rows) else (rows[index], 0)
     sizes = rows.image_sizes(index) if isinstance(rows, Rows) else None
+    images = [(path, *_size_and_time(path)) for path in sample.image_paths]  # before their headers are read
     grids = _grids(dataset, sample, sizes)
     tokens = sample_length(sample, dataset.processor, dataset.slot_style, grids, dataset.num_latents)
     if dataset.max_length is not None and tokens > dataset.max_length:
@@ -102,7 +122,15 @@ def measure_sample(dataset: LatentDataset, index: int) -> tuple[int, int]:
             f"expected at most {dataset.max_length} tokens, got {tokens}; raise max_length or lower max_visual_tokens",
             sample.source,
         )
-    return tokens, clamped
+    return tokens, clamped, images
+
+
+def _size_and_time(path: str) -> tuple[int, int]:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return -1, -1
+    return found.st_size, found.st_mtime_ns
 
 
 def _grids(dataset: LatentDataset, sample: Sample, sizes: Sequence[tuple[int, int]] | None) -> list[tuple[int, ...]]:
@@ -122,17 +150,16 @@ class _Measure:
     def __init__(self, dataset: LatentDataset):
         self.dataset = dataset
 
-    def __call__(self, start: int) -> tuple[list[int], int, list[tuple[str, str, str | None]]]:
-        lengths, moved, errors = [], 0, []
-        for index in range(start, min(start + CHUNK, len(self.dataset))):
+    def __call__(self, chunk: list[int]) -> tuple[list[tuple[int, int, int, list[Stamp]]], list[DataError]]:
+        found, errors = [], []
+        for row in chunk:
             try:
-                length, clamped = measure_sample(self.dataset, index)
-                lengths.append(length)
-                moved += clamped
+                found.append((row, *measure_sample(self.dataset, row)))
             except DataError as error:
-                lengths.append(0)
-                errors.append((error.reason, error.message, error.source))
-        return lengths, moved, errors
+                if error.reason.startswith("file-"):
+                    raise
+                errors.append(error)
+        return found, errors
 
 
 class _mapper:
@@ -149,20 +176,60 @@ class _mapper:
             self.pool.shutdown(cancel_futures=True)
 
 
-def _read(cache: Path, key: str) -> SampleLengths | None:
+@dataclass
+class _RowLengths:
+    """What is known of every row: 0 tokens where nothing is; its images as places in `stamps`."""
+
+    tokens_n: np.ndarray
+    clamped_n: np.ndarray
+    images: list[list[int]]
+    stamps: dict[Stamp, int]
+
+    @classmethod
+    def unknown(cls, count: int) -> _RowLengths:
+        return cls(np.zeros(count, dtype=np.int64), np.zeros(count, dtype=np.int64), [[]] * count, {})
+
+    def put(self, row: int, tokens: int, clamped: int, images: list[Stamp]) -> None:
+        self.tokens_n[row], self.clamped_n[row] = tokens, clamped
+        self.images[row] = [self.stamps.setdefault(stamp, len(self.stamps)) for stamp in images]
+
+
+def _read(cache: Path, key: str) -> _RowLengths | None:
+    """The cached rows, without those whose image files changed."""
     try:
         with np.load(cache, allow_pickle=False) as stored:
             if str(stored["key"]) != key:
                 return None
-            errors = json.loads(str(stored["dropped"]))
-            return SampleLengths(stored["tokens"], int(stored["clamped"]), [DataError(*parts) for parts in errors])
-    except (OSError, ValueError, KeyError):
+            tokens_n, clamped_n, ends_n = stored["tokens"], stored["clamped"], stored["image_ends"]
+            images_m, stamps_s2 = stored["images"], stored["stamps"]
+            paths = os.fsdecode(stored["paths"].tobytes()).split("\0")[: len(stamps_s2)]
+    except Exception:  # absent, or damaged, for which zip and array readers raise many types
         return None
+    stamps = [(path, *stamp) for path, stamp in zip(paths, stamps_s2.tolist())]
+    changed_s = np.array([_size_and_time(path) != (size, time) for path, size, time in stamps], dtype=bool)
+    row_m = np.repeat(np.arange(len(tokens_n)), np.diff(ends_n, prepend=0))
+    again_k = row_m[changed_s[images_m]]
+    tokens_n[again_k] = clamped_n[again_k] = 0
+    starts = [0, *ends_n.tolist()]
+    flat = images_m.tolist()
+    images = [flat[start:end] for start, end in zip(starts, starts[1:])]
+    return _RowLengths(tokens_n, clamped_n, images, {stamp: place for place, stamp in enumerate(stamps)})
 
 
-def _write(cache: Path, key: str, measured: SampleLengths) -> None:
-    errors = json.dumps([(error.reason, error.message, error.source) for error in measured.dropped])
+def _write(cache: Path, key: str, rows: _RowLengths) -> None:
+    stamps = list(rows.stamps)
+    usable = [images if tokens else [] for images, tokens in zip(rows.images, rows.tokens_n.tolist())]
+    used, images_m = np.unique(np.array([i for images in usable for i in images], dtype=np.int64), return_inverse=True)
+    kept = [stamps[place] for place in used.tolist()]
     cache.parent.mkdir(parents=True, exist_ok=True)
-    stored = {"key": np.array(key), "tokens": measured.tokens, "dropped": np.array(errors)}
     with atomic_write(cache) as file:
-        np.savez(file, clamped=np.array(measured.clamped), **stored)
+        np.savez(
+            file,
+            key=np.array(key),
+            tokens=rows.tokens_n,
+            clamped=rows.clamped_n,
+            images=images_m,
+            image_ends=np.cumsum([len(images) for images in usable], dtype=np.int64),
+            stamps=np.array([stamp[1:] for stamp in kept], dtype=np.int64).reshape(-1, 2),
+            paths=np.frombuffer(os.fsencode("\0".join(stamp[0] for stamp in kept)), dtype=np.uint8),
+        )
