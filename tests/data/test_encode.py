@@ -156,6 +156,40 @@ def test_dataset_passes_its_options_on(processor, sample):
         LatentDataset([sample], processor, "x")
 
 
+@pytest.fixture
+def five(processor, sample, tmp_path):
+    """Five samples, the last three with an image of their own."""
+    samples = [sample, sample]
+    for number in range(2, 5):
+        own = tmp_path / f"{number}.png"
+        Image.new("RGB", (56, 56)).save(own)
+        samples.append(dataclasses.replace(sample, image_paths=(str(own), sample.image_paths[1]), source=f"r:{number}"))
+    return LatentDataset(samples, processor, skip_unusable=True)
+
+
+def test_only_samples_that_are_trained_on_stand_in(five, tmp_path):
+    (tmp_path / "3.png").write_bytes(b"")
+    assert [s.source for s in five.__getitems__([3])] == ["r:4"]
+    five.stand_ins = np.array([1, 2, 3])
+    five.samples[1:2] = [dataclasses.replace(five.samples[1], source="r:1")]
+    assert [s.source for s in five.__getitems__([3])] == ["r:1"]
+    five.stand_ins = np.array([3])
+    with pytest.raises(DataError, match="none of the 1 samples is usable"):
+        five.__getitems__([3])
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_data_file_that_cannot_be_used_is_no_dropped_row(processor, sample, skip):
+    class Changed(list):
+        def __getitem__(self, index):
+            raise DataError("file-changed", "expected the file that was opened", "rows.json")
+
+    dataset = LatentDataset(Changed([sample]), processor, skip_unusable=skip)
+    with pytest.raises(DataError, match="the file that was opened"):
+        dataset.__getitems__([0])
+    assert not dataset.dropped
+
+
 def test_cache_errors_name_the_row(processor, sample):
     cache = cache_of(sample)
     missing = dict(list(cache.items())[:1])

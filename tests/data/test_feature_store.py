@@ -1,3 +1,4 @@
+import errno
 import logging
 import os
 import pickle
@@ -78,6 +79,32 @@ def test_damage_anywhere_is_a_miss_and_can_be_put_again(store, path, caplog):
         caplog.clear()
         store.put(path, tokens, (1, 8, 6))
         assert torch.equal(store[path][0], tokens)
+
+
+@pytest.mark.parametrize("which", ["image", "entry"])
+def test_a_system_that_fails_to_read_is_no_miss(which, store, path, monkeypatch):
+    place = entry(store)
+    failing, plain = {"image": path, "entry": str(place)}[which], open
+
+    def failed(file, *args, **kwargs):
+        if str(file) == failing:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(file))
+        return plain(file, *args, **kwargs)
+
+    monkeypatch.setattr("builtins.open", failed)
+    with pytest.raises(OSError, match="Too many open files"):
+        store[path]
+    monkeypatch.undo()
+    assert place.exists() and len(store[path][0]) == 12
+
+
+def test_an_entry_that_cannot_be_mapped_stays(store, path):
+    place = entry(store)
+    place.unlink()
+    place.mkdir()
+    with pytest.raises(OSError, match="directory"):
+        store[path]
+    assert place.is_dir()
 
 
 def test_writers_at_once(store, path):

@@ -4,6 +4,7 @@ Shape legend: L tokens, I images, n boxes, P patches, N visual tokens of all ima
 """
 
 import logging
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -257,7 +258,11 @@ class LatentDataset(Dataset[EncodedSample]):
         feature_cache: image path -> (visual tokens (N, D), grid_thw). When given, image files are not opened and
             every image must be in it.
         skip_unusable: an unusable sample is left out of its batch and logged once, by file and row; a batch that would
-            be empty takes the next usable sample instead.
+            be empty takes the next usable sample of `stand_ins` instead. A file that cannot be used at all (`file-*`)
+            is an error all the same.
+
+    Attributes:
+        stand_ins: ascending positions of the samples that may stand in for an empty batch; None = all.
 
     `__getitem__` raises `DataError` for an unusable sample.
     """
@@ -281,6 +286,7 @@ class LatentDataset(Dataset[EncodedSample]):
         self.max_length = max_length
         self.feature_cache = feature_cache
         self.skip_unusable = skip_unusable
+        self.stand_ins: Sequence[int] | np.ndarray | None = None
         self.dropped: dict[int, DataError] = {}
 
     def __len__(self) -> int:
@@ -295,11 +301,13 @@ class LatentDataset(Dataset[EncodedSample]):
             return [self.encode(index) for index in indices]
         if usable := self.usable(indices):
             return usable
-        for step in range(1, len(self.samples)):
-            sample = self._encode_or_drop((indices[-1] + step) % len(self.samples))
+        others = range(len(self.samples)) if self.stand_ins is None else self.stand_ins
+        first = bisect_right(others, indices[-1])
+        for step in range(len(others)):
+            sample = self._encode_or_drop(int(others[(first + step) % len(others)]))
             if sample is not None:
                 return [sample]
-        raise DataError("no-rows", f"none of the {len(self.samples)} samples is usable; the log says why for each")
+        raise DataError("no-rows", f"none of the {len(others)} samples is usable; the log says why for each")
 
     def usable(self, indices: Sequence[int]) -> list[EncodedSample]:
         """Those of the samples that can be used; the others are logged."""
@@ -317,6 +325,8 @@ class LatentDataset(Dataset[EncodedSample]):
         try:
             return self.encode(index)
         except DataError as error:
+            if error.reason.startswith("file-"):
+                raise
             self.dropped[index] = error
             logger.warning("row dropped (%s): %s", error.reason, error)
             return None

@@ -29,7 +29,8 @@ class FeatureStore(Mapping[str, tuple[Tensor, Tensor]]):
     """Image path -> (visual tokens (N, D), grid_thw (3,)), read through memory maps.
 
     A missing, damaged or differently computed entry is a `KeyError`; what is damaged is removed, so that filling the
-    store again replaces it. Any number of processes may read and write at once. Pickles as its two settings.
+    store again replaces it. A disk or system that fails to read is an `OSError`, and nothing is removed. Any number of
+    processes may read and write at once. Pickles as its two settings.
 
     Args:
         folder: root of the store; made when something is put.
@@ -47,12 +48,14 @@ class FeatureStore(Mapping[str, tuple[Tensor, Tensor]]):
     def __getitem__(self, path: str) -> tuple[Tensor, Tensor]:
         place = self._place(path)
         try:
+            # Tells a missing file from one that cannot be opened now; `safe_open` calls both missing.
+            open(place, "rb").close()
             with safe_open(place, framework="pt") as entry:
                 known = self._metadata(entry)
                 tokens_ND, grid_3 = entry.get_tensor("tokens"), entry.get_tensor("grid_thw")
         except FileNotFoundError:
             raise KeyError(path) from None
-        except (SafetensorError, OSError) as error:
+        except SafetensorError as error:
             self._remove(place, str(error))
             raise KeyError(path) from None
         if known is None:
@@ -145,12 +148,12 @@ def image_digest(path: str | Path) -> str:
     """SHA-256 of a file's bytes.
 
     Raises:
-        DataError: `image-missing`.
+        DataError: `image-missing`. OSError: the disk or system fails to read it.
     """
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
         message = f"expected an image file at {path}, got {error.strerror}; check the image folder"
         raise DataError("image-missing", message) from None
 
