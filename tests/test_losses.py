@@ -97,12 +97,33 @@ def test_objectives_per_stage():
     assert LatentObjective.for_stage("sft").alignment_weight is None
 
 
+def test_a_kept_alignment_has_the_published_weight_unless_one_is_given():
+    keep = lambda **given: LatentObjective.for_stage("stage2", keep_alignment=True, **given).alignment_weight  # noqa: E731
+    assert (keep(), keep(alignment_weight=None), keep(alignment_weight=2.0), keep(alignment_weight=0.0)) == (
+        0.5,
+        0.5,
+        2,
+        0,
+    )
+    assert LatentObjective.for_stage("stage2", alignment_weight=None).alignment_weight is None
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda: LatentObjective(alignment="both"), "alignment: expected one of"),
         (lambda: LatentObjective(kl_reduction="mean"), "kl_reduction: expected one of"),
         (lambda: LatentObjective(stochastic_probability=1.5), "expected 0..1, got 1.5"),
+        (
+            lambda: LatentObjective(alignment_weight=-1.0),
+            "alignment_weight: expected a finite number of at least 0, got",
+        ),
+        (lambda: LatentObjective(distillation_weight=float("nan")), "distillation_weight: expected a finite number"),
+        (lambda: LatentObjective(attention_kl_weight=float("inf")), "attention_kl_weight: .* got inf"),
+        (lambda: LatentObjective(attention_kl_weight=None), "attention_kl_weight: .* got None"),  # pyright: ignore
+        (lambda: LatentObjective(alignment_offset=1), r"alignment_offset: expected 0 .* or -1 .* from the start token"),
+        (lambda: LatentObjective(probe_offset=-2), r"probe_offset: expected 0 .*, got -2"),
+        (lambda: LatentObjective(probe_offset=False), r"probe_offset: expected 0 .*, got False"),
         (lambda: LatentObjective.for_stage("stage1", lamda=1), "unknown objective settings"),
         (lambda: latent_mse(torch.zeros(2, 3, 4), torch.zeros(3, 3, 4)), "must have one shape"),
         (lambda: latent_alignment(*pair(), mode="x"), "mode: expected one of"),

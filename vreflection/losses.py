@@ -6,6 +6,7 @@ Shape suffixes: B boxes, Q latents per box, D width, N keys (padded), S supervis
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -49,12 +50,25 @@ class LatentObjective:
             raise ValueError(f"kl_reduction: expected one of {KL_REDUCTIONS}, got {self.kl_reduction!r}")
         if not 0 <= self.stochastic_probability <= 1:
             raise ValueError(f"stochastic_probability: expected 0..1, got {self.stochastic_probability}")
+        for name in ("alignment_weight", "distillation_weight", "attention_kl_weight"):
+            value = getattr(self, name)
+            off = value is None and name != "attention_kl_weight"
+            if not off and (value is None or not (math.isfinite(value) and value >= 0)):
+                raise ValueError(f"{name}: expected a finite number of at least 0, got {value}")
+        for name in ("alignment_offset", "probe_offset"):
+            value = getattr(self, name)
+            if type(value) is not int or value not in (-1, 0):
+                raise ValueError(
+                    f"{name}: expected 0 (the slot itself) or -1 (the position that predicts it), got {value!r}; "
+                    "any other leaves the positions from the start token to the last slot"
+                )
 
     @classmethod
     def for_stage(cls, stage: str, keep_alignment: bool = False, **overrides) -> LatentObjective:
         """The published settings of a stage, with overrides.
 
-        `keep_alignment` keeps stage 1's alignment term in stage 2, at its published weight unless one is given.
+        `keep_alignment` keeps stage 1's alignment term in stage 2, at its published weight unless one is given; a
+        weight of None is none given, since the shipped stage-2 settings turn the term off with it.
         """
         unknown = set(overrides) - {f.name for f in fields(cls)}
         if unknown:
@@ -66,6 +80,8 @@ class LatentObjective:
         }.get(stage, cls())
         if keep_alignment and stage != "stage2":
             raise ValueError(f"keep_alignment: an option of stage 2, got stage {stage!r}")
+        if keep_alignment and overrides.get("alignment_weight") is None:
+            overrides.pop("alignment_weight", None)
         return replace(base, **overrides)
 
 
