@@ -105,6 +105,51 @@ def test_trainer_values_with_another_home_or_type(settings, trainer, message):
         training_arguments(settings(trainer=trainer))
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("optim", "adafactor", r"expected AdamW \(adamw_torch, adamw_torch_fused\), got 'adafactor'"),
+        ("label_smoothing_factor", 0.1, "the loss has no smoothing"),
+        ("resume_from_checkpoint", "folder", "set `resume: true`"),
+        ("data_seed", 0, "set `seed`"),
+        ("dataloader_drop_last", True, "every batch is planned"),
+        ("neftune_noise_alpha", 5, "embeddings get no noise"),
+        ("group_by_length", True, "set `data.pack_tokens`"),
+        ("train_sampling_strategy", "group_by_length", "set `data.pack_tokens`"),
+        ("eval_strategy", "steps", "gauges.every"),
+        ("eval_steps", 5, "gauges.every"),
+        ("do_eval", True, "gauges.every"),
+        ("load_best_model_at_end", True, "gauges.every"),
+        ("auto_find_batch_size", True, "train --plan"),
+        ("torch_compile", True, "set `compile`"),
+        ("torch_compile_backend", "inductor", "set `compile`"),
+        ("use_liger_kernel", True, "set `fused_cross_entropy`"),
+        ("fp16", True, "set `bf16: true`"),
+        ("save_strategy", "epoch", "expected steps or no, got 'epoch'"),
+        ("save_strategy", "best", "use steps with save_steps"),
+        ("fsdp", "full_shard", "set `parallel`"),
+        ("fsdp_config", {"x": 1}, "set `parallel`"),
+        ("push_to_hub", True, "upload the output folder"),
+    ],
+)
+def test_trainer_values_without_effect_are_refused(settings, name, value, message):
+    with pytest.raises(ConfigError, match=f"trainer: {name}.*{message}"):
+        training_arguments(settings(trainer={name: value}))
+
+
+def test_trainer_values_that_say_what_is_so_anyway(settings):
+    said = {"optim": "adamw_torch", "fp16": False, "eval_strategy": False, "save_strategy": False, "data_seed": None}
+    said |= {"label_smoothing_factor": 0, "report_to": None, "disable_tqdm": False}
+    made = training_arguments(settings(trainer=said))
+    assert (made.save_strategy, made.eval_strategy, made.report_to, made.disable_tqdm) == ("no", "no", [], False)
+
+
+def test_one_progress_bar(settings):
+    plain = settings()
+    del plain.trainer["disable_tqdm"]
+    assert training_arguments(plain).disable_tqdm is True
+
+
 def test_resume_and_image_folder_name_their_flags(settings):
     with pytest.raises(CheckpointError, match="resume: expected a trainer checkpoint"):
         run_training(settings(resume=True))

@@ -95,6 +95,35 @@ def test_unreadable_files(tmp_path):
         load_settings(tmp_path)
 
 
+def test_a_shipped_name_wins_over_a_folder_of_that_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("stage1_7b", "stage1_7b.yaml"):
+        (tmp_path / name).mkdir()
+        assert load_settings(name).trainer["max_steps"] == 2500
+    (tmp_path / "sft_7b").write_text("seed: 5")
+    assert load_settings("sft_7b").seed == 5
+    with pytest.raises(ConfigError, match="is not readable YAML"):
+        load_settings(".")
+
+
+def test_a_file_extends_one_beside_it_or_a_shipped_one(load, tmp_path):
+    settings = load("{extends: stage1_7b.yaml, seed: 3}")
+    assert (settings.seed, settings.trainer["max_steps"], settings.data.held_out) == (3, 2500, 64)
+    (tmp_path / "stage1_7b.yaml").write_text("trainer: {max_steps: 7}")
+    assert load("{extends: stage1_7b.yaml, seed: 3}").trainer == {"max_steps": 7}
+    with pytest.raises(ConfigError, match="other.yaml does not exist, neither here nor among the files shipped"):
+        load("extends: other.yaml")
+    with pytest.raises(ConfigError, match="elsewhere/stage1_7b.yaml does not exist"):
+        load("extends: elsewhere/stage1_7b.yaml")
+
+
+def test_shipped_stage_2_settings_can_keep_the_alignment():
+    for name in ("stage2_7b", "stage2_3b", "stage2_7b_lora"):
+        assert load_settings(name).latent_objective().alignment_weight is None
+        kept = load_settings(name, ["objective.keep_alignment=true"]).latent_objective()
+        assert (kept.alignment_weight, kept.distillation_weight) == (0.5, 1.0)
+
+
 def test_overrides_make_groups_and_win(load):
     settings = load("seed: 1", "seed=2", "trainer.max_steps=5", "data.train=a=b.json", "objective.alignment=llm_only")
     assert settings.seed == 2 and settings.trainer == {"max_steps": 5} and settings.data.train == "a=b.json"

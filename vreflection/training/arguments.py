@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
@@ -20,17 +21,51 @@ DEFAULTS = {
     "logging_steps": 10,
     "save_strategy": "no",
     "save_total_limit": 2,
+    # The command draws its own bar.
+    "disable_tqdm": True,
     "adam_beta2": 0.999,
     # Would wait for the device at every micro-batch; the step guard looks once per step.
     "logging_nan_inf_filter": False,
     # Every loss is connected to every trainable parameter.
     "ddp_find_unused_parameters": False,
 }
+OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
+SAVE_STRATEGIES = ("no", "steps")
+_GAUGES = "set `gauges.every` and `data.held_out` to watch held-out rows"
+_PARALLEL = "set `parallel` at the top level, e.g. parallel=fsdp2"
+_COMPILE = "set `compile` at the top level, e.g. compile=inductor"
+# The host trainer's arguments that nothing here looks at, and what to do instead; a `*` stands for any ending.
+WITHOUT_EFFECT = {
+    "label_smoothing_factor": "leave it out; the loss has no smoothing",
+    "resume_from_checkpoint": "set `resume: true` at the top level",
+    "data_seed": "set `seed` at the top level; it also orders the rows",
+    "dataloader_drop_last": "leave it out; every batch is planned",
+    "neftune_noise_alpha": "leave it out; embeddings get no noise",
+    "group_by_length": "set `data.pack_tokens`; packing leaves no padding",
+    "train_sampling_strategy": "set `data.pack_tokens`; rows are drawn at random, and packing leaves no padding",
+    "do_eval": _GAUGES,
+    "eval_strategy": _GAUGES,
+    "eval_steps": _GAUGES,
+    "eval_on_start": _GAUGES,
+    "load_best_model_at_end": f"{_GAUGES}, and choose a checkpoint by them",
+    "auto_find_batch_size": "set `data.pack_tokens`; `vreflection train --plan` says what fits",
+    "torch_compile*": _COMPILE,
+    "use_liger_kernel": "set `fused_cross_entropy` at the top level",
+    "liger_kernel_config": "set `fused_cross_entropy` at the top level",
+    "fp16": "set `bf16: true` instead",
+    "fsdp*": _PARALLEL,
+    "push_to_hub": "leave it out and upload the output folder",
+}
 INTEGERS = ("max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps")
 
 
 def training_arguments(settings: TrainSettings, parallel: str = "ddp") -> TrainingArguments:
     """The host trainer's arguments, with this package's needs filled in."""
+    given = {name: as_number(value) for name, value in settings.trainer.items()}
+    for name in ("save_strategy", "eval_strategy", "logging_strategy"):
+        if given.get(name) is False:  # how YAML 1.1 reads `no`
+            given[name] = "no"
+    check_effect(given)
     known = set(TrainingArguments.__dataclass_fields__)
     unknown = sorted(set(settings.trainer) - known)
     if unknown:
@@ -50,7 +85,6 @@ def training_arguments(settings: TrainSettings, parallel: str = "ddp") -> Traini
             f"trainer: {clash} have another home: `seed` and `output` at the top level, rates and decay under "
             "`optimizer`, loader processes under `data.workers`"
         )
-    given = {name: as_number(value) for name, value in settings.trainer.items()}
     for name in INTEGERS:
         if name in given and (isinstance(given[name], bool) or not isinstance(given[name], int)):
             raise ConfigError(f"trainer: {name}: expected an integer, got {given[name]!r}")
@@ -59,11 +93,28 @@ def training_arguments(settings: TrainSettings, parallel: str = "ddp") -> Traini
     if given.get("deepspeed") is not None:
         check_deepspeed_config(read_deepspeed_config(given["deepspeed"]), parallel)
     given.setdefault("report_to", default_report())
+    given["report_to"] = "none" if given["report_to"] is None else given["report_to"]
     check_reports(given["report_to"])
     try:
         return TrainingArguments(**{**DEFAULTS, **fixed, **given})
     except (TypeError, ValueError, ImportError) as error:
         raise ConfigError(f"trainer: {error}") from error
+
+
+def check_effect(given: dict[str, Any]) -> None:
+    """Refuse arguments of the host trainer that would change nothing."""
+    if str(given.get("optim", OPTIMIZERS[0])) not in OPTIMIZERS:
+        raise ConfigError(f"trainer: optim: expected AdamW ({', '.join(OPTIMIZERS)}), got {given['optim']!r}")
+    if given.get("save_strategy", "no") not in SAVE_STRATEGIES:
+        got = given["save_strategy"]
+        raise ConfigError(f"trainer: save_strategy: expected steps or no, got {got!r}; use steps with save_steps")
+    for name, value in given.items():
+        default = getattr(TrainingArguments.__dataclass_fields__.get(name), "default", None)
+        if value is None or value is False or value == default:
+            continue
+        for pattern, instead in WITHOUT_EFFECT.items():
+            if fnmatchcase(name, pattern):
+                raise ConfigError(f"trainer: {name} would have no effect; {instead}")
 
 
 def check_reports(report_to: str | list[str]) -> None:

@@ -18,13 +18,14 @@ def load_settings(path: str | Path, overrides: list[str] | None = None) -> Train
     """Settings from a YAML file and `key=value` overrides (dotted keys, YAML values).
 
     A bare name, such as `stage1_7b`, stands for the file of that name that ships with the package. A file with
-    `extends: other.yaml` starts from that file (a path relative to its own) and changes what it names.
+    `extends: other.yaml` starts from that file (a path relative to its own, or else a shipped file's name) and changes
+    what it names.
 
     Raises:
         ConfigError: unreadable file, unknown key (with the known ones), or a value of the wrong type.
     """
     path = Path(path)
-    if not path.exists() and path.parent == Path():
+    if not path.is_file() and path.name and path.parent == Path():
         path = config_file(path.with_suffix(".yaml").name)
     values = read_values(path)
     for override in overrides or []:
@@ -48,6 +49,8 @@ def read_values(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(base, str):
         raise ConfigError(f"{path}: extends: expected a file name, got {base!r}")
     file = path.parent / base
+    if not file.is_file() and Path(base).name == base:
+        file = config_file(base)
     if file.resolve() in (path.resolve(), *seen):
         raise ConfigError(f"{path}: extends: {base} leads back to {file}")
     return merge(read_values(file, (*seen, path.resolve())), values)
