@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vreflection.data.encode import LatentDataset
+from vreflection.data.rows import open_rows
 from vreflection.errors import CheckpointError, ConfigError, DataError
 from vreflection.training.arguments import training_arguments
+from vreflection.training.loader import plan_data
 from vreflection.training.run import run_training
 from vreflection.training.settings import TrainSettings
 from vreflection.training.values import build
@@ -148,6 +151,19 @@ def test_one_progress_bar(settings):
     plain = settings()
     del plain.trainer["disable_tqdm"]
     assert training_arguments(plain).disable_tqdm is True
+
+
+def test_a_held_out_row_never_stands_in_for_an_empty_batch(tiny, settings, tmp_path):
+    made = settings(data={"held_out": 1, "max_length": 3000})
+    rows = open_rows(made.data.train, made.data.image_folder)
+    dataset = LatentDataset(rows, tiny.processor(), num_latents=2, max_length=3000, skip_unusable=True)
+    data = plan_data(dataset, made.data, 1, 0, tmp_path / "out")
+    trained = data.plan.indices.tolist()
+    assert len(trained) == 3 and not set(trained) & set(data.held_out)
+    for row in trained:
+        (tmp_path / "images" / f"{row}.png").write_bytes(b"")
+    with pytest.raises(DataError, match="none of the 3 samples is usable"):
+        dataset.__getitems__([trained[0]])
 
 
 def test_resume_and_image_folder_name_their_flags(settings):
