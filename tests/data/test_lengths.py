@@ -146,3 +146,13 @@ def test_a_data_file_that_changed_is_an_error_not_a_dropped_row(rows, processor,
     with pytest.raises(DataError) as caught:
         measure_lengths(dataset)
     assert caught.value is error
+
+
+def test_a_process_measures_the_same(rows, tiny, image_folder, monkeypatch):
+    (image_folder / "notes/b.png").write_bytes(b"no image")
+    dataset = LatentDataset(open_rows(rows, image_folder), tiny.processor())
+    alone = measure_lengths(dataset)
+    monkeypatch.setattr(lengths, "CHUNK", 2)
+    shared = measure_lengths(dataset, workers=1)
+    assert same(alone, shared)
+    assert [(e.reason, e.source) for e in alone.dropped] == [(e.reason, e.source) for e in shared.dropped] != []

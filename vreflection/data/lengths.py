@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -69,8 +71,8 @@ def measure_lengths(
     chunks = [todo_k[at : at + CHUNK].tolist() for at in range(0, len(todo_k), CHUNK)]
     done = count - len(todo_k)
     dropped: list[DataError] = []
-    with _mapper(workers) as each:
-        for chunk, (found, errors) in zip(chunks, each(_Measure(dataset), chunks)):
+    with _mapper(dataset, workers if count > CHUNK * workers else 0) as measure:
+        for chunk, (found, errors) in zip(chunks, measure(chunks)):
             for row, tokens, clamped, images in found:
                 rows.put(row, tokens, clamped, images)
             dropped += errors
@@ -162,14 +164,32 @@ class _Measure:
         return found, errors
 
 
-class _mapper:
-    """`map` here or over processes."""
+_in_worker: _Measure | None = None
 
-    def __init__(self, workers: int):
-        self.pool = ProcessPoolExecutor(workers) if workers > 0 else None
+
+def _install(dataset: LatentDataset) -> None:
+    """The data set of a worker process: sent once, not with every chunk."""
+    global _in_worker
+    _in_worker = _Measure(dataset)
+
+
+def _measure_in_worker(chunk: list[int]):
+    assert _in_worker is not None
+    return _in_worker(chunk)
+
+
+class _mapper:
+    """Measures chunks in order, here or over processes."""
+
+    def __init__(self, dataset: LatentDataset, workers: int):
+        self.dataset, self.pool = dataset, None
+        if workers > 0:
+            # Not forked: this process may hold threads and a device.
+            context = multiprocessing.get_context("spawn")
+            self.pool = ProcessPoolExecutor(workers, context, _install, (dataset,))
 
     def __enter__(self):
-        return map if self.pool is None else self.pool.map
+        return partial(map, _Measure(self.dataset)) if self.pool is None else partial(self.pool.map, _measure_in_worker)
 
     def __exit__(self, *_):
         if self.pool is not None:

@@ -50,13 +50,13 @@ class SegmentLengths:
 
 
 def packed_forward(lengths: SegmentLengths):
-    def forward(self, hidden_states, cu_seqlens, rotary_pos_emb=None, position_embeddings=None, **kwargs):
+    def forward(self, hidden_states, cu_seqlens, rotary_pos_emb=None, *, position_embeddings, **kwargs):
         patches = hidden_states.shape[0]
         qkv = self.qkv(hidden_states).reshape(patches, 3, self.num_heads, -1)
         query, key, value = qkv.permute(1, 0, 2, 3).unbind(0)  # [patches, heads, width] each
         query, key = apply_rotary_pos_emb_vision(query, key, *position_embeddings)
-        heads = [states.transpose(0, 1)[None] for states in (query, key, value)]
-        attended = packed_attention(*heads, lengths.of(cu_seqlens), self.scaling, causal=False)
+        query, key, value = (states.transpose(0, 1)[None] for states in (query, key, value))
+        attended = packed_attention(query, key, value, lengths.of(cu_seqlens), self.scaling, causal=False)
         return self.proj(attended.reshape(patches, -1))
 
     return forward

@@ -93,6 +93,9 @@ def training_arguments(settings: TrainSettings, parallel: str = "ddp") -> Traini
     if given.get("deepspeed") is not None:
         check_deepspeed_config(read_deepspeed_config(given["deepspeed"]), parallel)
     given.setdefault("report_to", default_report())
+    if settings.data.feature_store is not None:
+        # The others wait for the process that computes longest.
+        given.setdefault("ddp_timeout", 7 * 24 * 3600)
     given["report_to"] = "none" if given["report_to"] is None else given["report_to"]
     check_reports(given["report_to"])
     try:

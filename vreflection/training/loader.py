@@ -53,7 +53,10 @@ class TrainData:
             generator=torch.Generator().manual_seed(self.plan.seed),
         )
 
-    def batches_per_epoch(self) -> int:
+    def batches_per_epoch(self) -> float:
+        """Micro-batches that hold every row once."""
+        if not self.packed:
+            return len(self.plan.indices) / self.plan.batch_size
         return sum(1 for _ in takewhile(lambda batch: batch[0] == 1, self.plan.batches()))
 
 
