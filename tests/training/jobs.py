@@ -14,11 +14,9 @@ from pathlib import Path
 
 import torch
 
-torch.set_num_threads(1)
-
-from vreflection.training.run import run_training  # noqa: E402
-from vreflection.training.settings import TrainSettings  # noqa: E402
-from vreflection.training.values import build  # noqa: E402
+from vreflection.training.run import run_training
+from vreflection.training.settings import TrainSettings
+from vreflection.training.values import build
 
 
 class Captured(logging.Handler):
@@ -73,6 +71,7 @@ def run(job, folder):
 
 
 def main():
+    torch.set_num_threads(1)
     file = Path(sys.argv[1])
     for job in json.loads(file.read_text()):
         run(job, file.parent)

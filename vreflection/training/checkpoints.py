@@ -31,6 +31,7 @@ from transformers import Trainer
 from transformers.trainer_callback import ExportableState
 
 from ..errors import CheckpointError
+from ..model.checkpoint import flush
 from .adapters import has_adapters, save_adapters
 from .guard import any_rank
 from .zero import CHECKPOINT as ZERO
@@ -234,22 +235,14 @@ class CheckpointingTrainer(Base):
 def publish(partial: Path, final: Path) -> None:
     """Make sure everything is on the disk, then give the folder its name: a kill leaves the one or the other."""
     for path in sorted(partial.rglob("*"), reverse=True):
-        sync(path)
-    sync(partial)
+        flush(path)
+    flush(partial)
     replaced = final.with_name(f".{final.name}.replaced.partial")
     if final.exists():
         os.rename(final, replaced)
     os.rename(partial, final)
-    sync(final.parent)
+    flush(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
-
-
-def sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextmanager

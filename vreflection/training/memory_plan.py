@@ -257,7 +257,7 @@ def usual_plans(base: Plan | None = None) -> list[Plan]:
     plans = [replace(base, parallel="ddp", world=1, precision=p, lora_rank=0) for p in ("mixed", "bfloat16")]
     plans += [replace(base, parallel="ddp", world=1, precision="bfloat16", lora_rank=base.lora_rank or 64)]
     plans += [replace(base, parallel="ddp", world=8, precision=p, lora_rank=0) for p in ("mixed", "bfloat16")]
-    for kind in ("zero1", "zero2", "zero3", "fsdp2"):
+    for kind in ("zero1", "zero2", "fsdp2"):
         worlds = (2, 8, 64) if kind == "fsdp2" else (8,)
         plans += [replace(base, parallel=kind, world=world, precision="mixed", lora_rank=0) for world in worlds]
     plans += [replace(base, parallel="fsdp2", world=8, precision="bfloat16", lora_rank=0)]
