@@ -43,7 +43,7 @@ def read_arrays(path: str | Path, magic: bytes) -> tuple[dict[str, Any], dict[st
         return None
     length, header_length, crc, found = _TRAILER.unpack(whole[end:].tobytes())
     start = end - header_length - length
-    if found != magic or start < 0 or start % 8 or zlib.crc32(whole[start:end]) != crc:
+    if found != magic or start < 0 or start % 8 or zlib.crc32(whole[start:end].data) != crc:
         return None
     header = json.loads(whole[end - header_length : end].tobytes())
     arrays: dict[str, np.ndarray] = {}

@@ -20,7 +20,7 @@ from vreflection.errors import ConfigError
 WINDOW = 8192
 
 
-def best_fit(lengths: Sequence[int], budget: int) -> list[list[int]]:
+def best_fit(lengths: Sequence[int] | np.ndarray, budget: int) -> list[list[int]]:
     """Pack items into as few bins as best-fit decreasing finds; no item is ever cut.
 
     Args:
