@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 import vreflection as vr
 from vreflection.engine import prefill
+from vreflection.engine.cache import cache_argument
 from vreflection.engine.prefill import Filling, forward_groups, pad_right, plan_sharing, signature
 from vreflection.engine.requests import Prompt
 
@@ -118,3 +119,13 @@ def test_a_prefill_that_fails_blocks_nobody(lab, monkeypatch):
             decoder.generate(prompts, max_new_tokens=3)
     assert not decoder.busy
     assert [a.tokens for a in decoder.generate(prompts, max_new_tokens=6)] == expected
+
+
+def test_the_cache_goes_in_under_the_hosts_own_name():
+    class Older:
+        def forward(self, inputs_embeds, past_key_values=None): ...
+
+    class Newer:
+        def forward(self, inputs_embeds, cache=None): ...
+
+    assert (cache_argument(Older), cache_argument(Newer)) == ("past_key_values", "cache")

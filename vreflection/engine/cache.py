@@ -5,7 +5,9 @@ Shape suffixes: B rows, K key/value heads, C columns, E head width, L new positi
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -52,6 +54,12 @@ class KVCache:
 
 def cache_bytes(layers: int, rows: int, heads: int, columns: int, width: int, dtype: torch.dtype) -> int:
     return 2 * layers * rows * heads * columns * width * dtype.itemsize
+
+
+@cache
+def cache_argument(decoder: type) -> str:
+    """What the host's decoder class calls the cache it is handed: newer releases renamed it."""
+    return "cache" if "cache" in inspect.signature(decoder.forward).parameters else "past_key_values"
 
 
 class HostLayer(CacheLayerMixin):

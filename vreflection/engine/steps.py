@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..decoding import DecodeState, PickPlan, SamplingRows, pick_from_logits
-from .cache import HostCache, KVCache, flat_index
+from .cache import HostCache, KVCache, cache_argument, flat_index
 
 
 @contextmanager
@@ -39,7 +39,7 @@ class HostStep:
         self.model, self.cache = model, cache
         self.decoder = model.model.language_model
         self.embed_tokens, self.lm_head = model.get_input_embeddings(), model.get_output_embeddings()
-        self.host_cache = HostCache(cache)
+        self.host_cache, self.cache_argument = HostCache(cache), cache_argument(type(self.decoder))
 
     def prefill(self, embeds_BLD: torch.Tensor, position_ids: torch.Tensor, rows: list[int], start: int = 0):
         """Consume prompts from column `start` on: hidden states `(B, L, D)`.
@@ -63,8 +63,8 @@ class HostStep:
             inputs_embeds=embeds_BLD,
             attention_mask=mask,
             position_ids=position_ids,
-            past_key_values=self.host_cache,
             use_cache=True,
+            **{self.cache_argument: self.host_cache},
         ).last_hidden_state
 
     @staticmethod

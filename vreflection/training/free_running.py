@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from ..engine.cache import cache_argument
 from ..engine.steps import eval_mode
 from ..model.layout import BatchLayout
 from ..model.modeling import VReflectionForConditionalGeneration
@@ -119,8 +120,8 @@ def roll_out_spans(model, flat_ND, positions_3N, slot_index_BQ, start_B, rehears
             inputs_embeds=inputs_BLD,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=cache,
             use_cache=True,
+            **{cache_argument(type(decoder)): cache},
         )
         return output.last_hidden_state[:, -1]
 
