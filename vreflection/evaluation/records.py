@@ -1,7 +1,8 @@
 """What a benchmark is made of, and what a run leaves behind: items, raw answers, the manifest.
 
-A run's folder holds `run.json` (`Manifest`) and per benchmark `raw/<benchmark>*.jsonl` (`RawAnswer`, one line per item, in
-the order they came). Everything a score needs is in these two, so scoring never needs the images, the model, or torch.
+A run's folder holds `run.json` (`Manifest`) and per benchmark `raw/<benchmark>*.jsonl` (`RawAnswer`, one line per item,
+in the order they came). Everything a score needs is in these two, so scoring never needs the images, the model, or
+torch.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class Item:
         images: opened when called, so that a data set never holds more than the images in work.
         image_keys: one per image; items with equal keys share the image and its prefill.
         boxes: gold boxes `(x0, y0, x1, y1)` as fractions of the first image, where the benchmark has them.
+        prompt: the benchmark's own text with its options, where its rows have one (BLINK); some protocols show it.
     """
 
     benchmark: str
@@ -43,6 +45,7 @@ class Item:
     images: tuple[Callable[[], Image.Image], ...]
     image_keys: tuple[str, ...]
     boxes: tuple[tuple[float, float, float, float], ...] = ()
+    prompt: str = ""
 
     @property
     def letters(self) -> str:
@@ -55,8 +58,9 @@ class RawAnswer:
 
     Attributes:
         text: the answer with special tokens, latent positions left out. finish_reason: see `Generation`.
-        spans: latent spans opened. closed: whether each span was followed by `<|lvr_end|>`. latent_steps: latent positions.
-        tokens: emitted tokens, latent positions left out. prompt_tokens, visual_tokens: of the prompt.
+        spans: latent spans opened. closed: whether each span was followed by `<|lvr_end|>`.
+        latent_steps: latent positions. tokens: emitted tokens, latent positions left out.
+        prompt_tokens, visual_tokens: of the prompt; visual tokens per image.
     """
 
     benchmark: str
@@ -87,9 +91,10 @@ class Manifest:
     """What a run was, written before its first answer; two runs compare only if these allow it.
 
     Attributes:
-        protocol: name and version, such as `strict@1`. model: where it came from. digest: of its weights.
-        stage: of the checkpoint. latents: `{"steps": 8, "mode": "clean", "forced": false, …}`.
-        benchmarks: per benchmark its rows, the rows asked for, and the digests of its files.
+        protocol: name and version, such as `strict@1`; all of it is in `notes["protocol"]` (`Protocol.as_dict`).
+        model: where it came from. digest: of its weights. stage: of the checkpoint.
+        latents: `{"steps": 8, "mode": "clean", "forced": false, …}`.
+        benchmarks: per benchmark `{"rows": 300, "asked": 300, "files": {name: digest}}`; with a limit fewer are asked.
         generation: `max_new_tokens`, sampling. versions: of this package, torch, transformers, device.
     """
 

@@ -1,0 +1,158 @@
+"""What two public harnesses read out of an answer, rule by rule, their quirks included.
+
+Facts from VLMEvalKit (option and text matching of 2025, the MME-RealWorld path) and lmms-eval (its task files for
+MMVP, BLINK, V*, HR-Bench, MME-RealWorld, and the answer clean-up of its Qwen2.5-VL model). Both decode without special
+tokens, so these are dropped first. Where they would ask a judge model, the answer does not parse.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+
+from .records import LETTERS
+
+_SPECIAL = re.compile(r"<\|[^<>|]{1,64}\|>")
+_PUNCTUATION = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
+_REFUSALS = (
+    "Sorry, I can't help with images of people yet.",
+    "I can't process this file.",
+    "I'm sorry, but without the image provided",
+    "Cannot determine the answer",
+)
+
+
+def first_closed_answer(text: str) -> str | None:
+    """Text inside the first `<answer>` that is closed, stripped."""
+    _, opened, rest = text.partition("<answer>")
+    inner, closed, _ = rest.partition("</answer>")
+    return inner.strip() if opened and closed else None
+
+
+def vlmevalkit(text: str, options: Sequence[str], benchmark: str = "") -> str | None:
+    """VLMEvalKit with exact matching. What stands in a closed `<answer>` is the answer a model class hands over."""
+    text = _SPECIAL.sub("", text).strip()
+    inner = first_closed_answer(text)
+    if benchmark.startswith("mme-realworld"):
+        return realworld_letter(text if inner is None else inner.upper())
+    return matched_option(text if inner is None else inner, options, last_words=4, most_text=2.0)
+
+
+def matched_option(
+    text: str, options: Sequence[str], last_words: int | None = None, most_text: float | None = None
+) -> str | None:
+    """The one option letter that is a word of its own, else the one option whose text occurs.
+
+    Args:
+        last_words: the letter must be among that many last words. most_text: longest text in which an option's text is
+            looked for, as a multiple of all options' length.
+    """
+    if any(refusal in text for refusal in _REFUSALS):
+        return None
+    words = text.translate(_PUNCTUATION).split()
+    said = [letter for letter in LETTERS[: len(options)] if letter in words]
+    if len(said) == 1 and (last_words is None or words.index(said[0]) >= len(words) - last_words):
+        return said[0]
+    if not said and "Z" in words:
+        return None
+    lower = text.lower()
+    if most_text is not None and len(lower) > most_text * sum(map(len, options)):
+        return None
+    named = [letter for letter, option in zip(LETTERS, options) if option.lower() in lower]
+    return named[0] if len(named) == 1 else None
+
+
+# The fourth and later ones ran together in the harnesses' lists, so they are never found in an answer.
+_REALWORLD_PREFIXES = ("The best answer is", "The correct answer is", "The answer is", "The answer")
+
+
+def realworld_letter(text: str) -> str | None:
+    """MME-RealWorld's own rule: the first capital A to E behind the usual phrases; an empty answer is A."""
+    text = text.strip()
+    for prefix in _REALWORLD_PREFIXES:
+        text = text.replace(prefix, "")
+    found = re.search("[A-E]", text)
+    if found:
+        return found[0]
+    if len(text.split()) > 10:
+        return None
+    return next((letter for letter in "ABCDE" if text.lower() in f"({letter})".lower()), None)
+
+
+def lmms_eval(text: str, options: Sequence[str], benchmark: str = "") -> str | None:
+    """lmms-eval: a rule per benchmark, after its clean-up of `<think>`, `<answer>` and `\\boxed{}`."""
+    text = cleaned_of_reasoning(_SPECIAL.sub("", text))
+    rule = _LMMS_EVAL.get(benchmark)
+    return rule(text) if rule else matched_option(text.strip(), options)
+
+
+def cleaned_of_reasoning(text: str) -> str:
+    """What follows the first `</think>`; of it the first closed `<answer>`, else the last `\\boxed{}`, else all."""
+    _, closed, rest = text.partition("</think>")
+    text = rest if closed else text
+    inner = first_closed_answer(text)
+    if inner is not None:
+        return inner
+    start = text.rfind("\\boxed{")
+    return text.strip() if start < 0 else _to_matching_brace(text[start + len("\\boxed{") :]).strip()
+
+
+def _to_matching_brace(text: str) -> str:
+    depth = 1
+    for position, character in enumerate(text):
+        depth += (character == "{") - (character == "}")
+        if depth == 0:
+            return text[:position]
+    return text
+
+
+_MMVP = tuple(
+    re.compile(pattern, re.IGNORECASE)
+    for pattern in (
+        r"^\(?([ab])\)?\.?\s*$",  # nothing but the letter
+        r"^\(?([ab])\)?[.\s]",  # the letter first
+        r"answer\s+is\s+\(?([ab])",
+        r"option\s+\(?([ab])",
+        r"([ab])\)?(?:\s|$)",  # the end of any word in a or b
+        r"^([ab])",
+    )
+)
+_VSTAR = tuple(
+    re.compile(pattern)
+    for pattern in (
+        r"^([A-D])",  # also the first letter of a word
+        r"(?:ANSWER|CHOICE|OPTION)(?:\s+IS)?[\s:]+([A-D])",
+        r"\(([A-D])\)",
+        r"([A-D])\s*[.)\]]",
+        r"(?:^|\s)([A-D])(?:\s|$)",
+    )
+)
+_BLINK = re.compile(r"[(\s]*([a-z])", re.IGNORECASE | re.ASCII)
+
+
+def _mmvp(text: str) -> str | None:
+    text = text.strip()
+    found = next(filter(None, (pattern.search(text) for pattern in _MMVP)), None)
+    return found[1].upper() if found else None
+
+
+def _vstar(text: str) -> str | None:
+    text = text.strip().upper()
+    found = next(filter(None, (pattern.search(text) for pattern in _VSTAR)), None)
+    if found:
+        return found[1]
+    letters = re.findall("[A-D]", text)
+    return letters[0] if len(letters) == 1 else None
+
+
+def _blink(text: str) -> str | None:
+    found = _BLINK.match(text.strip())
+    return found[1].upper() if found else None
+
+
+_LMMS_EVAL: dict[str, Callable[[str], str | None]] = {
+    "mmvp": _mmvp,
+    "blink": _blink,
+    "vstar": _vstar,
+    "mme-realworld-lite": realworld_letter,
+}
