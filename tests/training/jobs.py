@@ -10,10 +10,13 @@ import os
 import shutil
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
+from vreflection.training import acceleration
 from vreflection.training.run import run_training
 from vreflection.training.settings import TrainSettings
 from vreflection.training.values import build
@@ -39,6 +42,28 @@ def broken_features(path, settings):
     return features
 
 
+def plain_fused():
+    """A fused cross-entropy for CPUs in the place of the one for GPUs."""
+
+    def loss(weight, hidden, targets):
+        return torch.nn.functional.cross_entropy(hidden.float() @ weight.float().T, targets)
+
+    return patch.multiple(acceleration, use_liger=lambda asked, device: True, liger_cross_entropy=lambda: loss)
+
+
+def held_shares(model):
+    """Share of each part's matrices that this process holds whole after the run."""
+    parts = {"layers": model.model.language_model.layers, "visual": model.model.visual}
+    parts["box_feature_resampler"] = model.box_feature_resampler
+    shares = {}
+    for name, part in parts.items():
+        sizes = [
+            (p.numel(), getattr(p, "ds_numel", p.numel())) for p in part.parameters() if p.dim() > 1 or not p.numel()
+        ]
+        shares[name] = sum(here for here, _ in sizes) / sum(whole for _, whole in sizes)
+    return shares
+
+
 def run(job, folder):
     captured = Captured()
     logger = logging.getLogger("vreflection")
@@ -57,10 +82,13 @@ def run(job, folder):
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
     try:
-        result = run_training(build(TrainSettings, settings, "job"), on_step=on_step, **extra)
+        with plain_fused() if job.get("plain_fused") else nullcontext():
+            result = run_training(build(TrainSettings, settings, "job"), on_step=on_step, **extra)
         outcome["losses"] = [row["loss"] for row in result.history if "loss" in row]
         outcome["rows"] = [row for row in result.history if "loss" in row or "skipped_steps" in row]
         outcome["stopped_at"] = result.stopped_at
+        if hasattr(result.model, "box_feature_resampler"):
+            outcome["held"] = held_shares(result.model)
     except Exception as error:
         outcome["error"] = f"{type(error).__name__}: {error}"
     finally:

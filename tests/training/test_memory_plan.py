@@ -149,7 +149,8 @@ def test_sharding_divides_exactly_what_it_shards():
     zero = {kind: static_bytes(shape, Plan(parallel=kind, world=8)) for kind in ("zero1", "zero2", "zero3")}
     assert zero["zero1"]["optimizer"] == 12 * trained / 8 and zero["zero1"]["gradients"] == 2 * trained
     assert zero["zero2"]["gradients"] == 2 * trained / 8 and zero["zero2"]["weights"] == 2 * everything
-    assert zero["zero3"]["weights"] == 2 * everything / 8
+    resident = shape.vision + shape.teacher  # some processes run them and others do not: whole everywhere
+    assert zero["zero3"]["weights"] == pytest.approx(2 * (everything - resident) / 8 + 2 * resident)
     pure = static_bytes(shape, Plan(parallel="ddp", world=1, precision="bfloat16"))
     assert sum(pure.values()) == 8 * trained + 2 * (everything - trained)
     # Published rule of thumb: 16 bytes per trained parameter, whatever the split.

@@ -115,9 +115,14 @@ def trained_parameters(shape: ModelShape, plan: Plan) -> int:
 
 
 def all_parameters(shape: ModelShape, plan: Plan) -> int:
-    modules = {"stage1": shape.teacher, "filler_aligned": shape.teacher, "stage2": shape.teacher + shape.student}
     adapters = shape.adapters(plan.lora_rank) if plan.lora_rank else 0
-    return shape.language + shape.vision + modules.get(plan.stage, 0) + adapters
+    return shape.language + resident_parameters(shape, plan) + adapters
+
+
+def resident_parameters(shape: ModelShape, plan: Plan) -> int:
+    """Vision tower and compression modules: what ZeRO-3 keeps whole on every GPU (see `zero3.ResidentParts`)."""
+    modules = {"stage1": shape.teacher, "filler_aligned": shape.teacher, "stage2": shape.teacher + shape.student}
+    return shape.vision + modules.get(plan.stage, 0)
 
 
 def static_bytes(shape: ModelShape, plan: Plan) -> dict[str, float]:
@@ -135,8 +140,10 @@ def static_bytes(shape: ModelShape, plan: Plan) -> dict[str, float]:
         own, other, gradient, states = 4, 4, 4, 8
     sharded = {"ddp": "", "zero1": "s", "zero2": "sg", "zero3": "sgw", "fsdp2": "sgw"}[plan.parallel]
     part = {kind: plan.world if kind in sharded else 1 for kind in "sgw"}
+    weights = own * trained + other * frozen
+    whole = other * resident_parameters(shape, plan) if plan.parallel == "zero3" else 0
     return {
-        "weights": (own * trained + other * frozen) / part["w"],
+        "weights": whole + (weights - whole) / part["w"],
         "gradients": gradient * trained / part["g"],
         "optimizer": states * trained / part["s"],
         "weight copies": weight_copies(shape, plan),
@@ -165,6 +172,8 @@ def communication_bytes(shape: ModelShape, plan: Plan, gradients: float) -> floa
     if plan.parallel in ("zero1", "zero2"):
         return BUCKET
     width = plan.compute_bytes
+    if plan.parallel == "zero3":
+        return width * (2 * shape.layer + max(shape.embedding, shape.head)) + BUCKET
     outside = shape.embedding + shape.head + shape.width
     gathered = width * (2 * shape.layer + outside)
     whole_gradients = 0 if plan.lora_rank else width * max(outside, 2 * shape.layer)
@@ -257,7 +266,7 @@ def usual_plans(base: Plan | None = None) -> list[Plan]:
     plans = [replace(base, parallel="ddp", world=1, precision=p, lora_rank=0) for p in ("mixed", "bfloat16")]
     plans += [replace(base, parallel="ddp", world=1, precision="bfloat16", lora_rank=base.lora_rank or 64)]
     plans += [replace(base, parallel="ddp", world=8, precision=p, lora_rank=0) for p in ("mixed", "bfloat16")]
-    for kind in ("zero1", "zero2", "fsdp2"):
+    for kind in ("zero1", "zero2", "zero3", "fsdp2"):
         worlds = (2, 8, 64) if kind == "fsdp2" else (8,)
         plans += [replace(base, parallel=kind, world=world, precision="mixed", lora_rank=0) for world in worlds]
     plans += [replace(base, parallel="fsdp2", world=8, precision="bfloat16", lora_rank=0)]

@@ -17,7 +17,7 @@ from torch import nn
 from ..errors import ConfigError, TrainingError
 from .checkpoints import checkpoints_in
 from .settings import TrainSettings
-from .zero import NO_ZERO3, launched_config, launched_zero
+from .zero import launched_config, launched_zero
 
 logger = logging.getLogger(__name__)
 
@@ -63,8 +63,6 @@ def resolve_parallel(settings: TrainSettings) -> str:
         if asked not in ("ddp", launched):
             raise ConfigError(f"parallel: expected {launched} as in accelerate's configuration, got {asked!r}")
         asked = launched
-    if asked == "zero3":
-        raise ConfigError(f"parallel: {NO_ZERO3}")
     return asked
 
 

@@ -36,6 +36,7 @@ from .parallel import is_main_process, lost_peers_explained, resolve_parallel
 from .probe import HeldOutProbe
 from .settings import TrainSettings
 from .trainer import LatentTrainer
+from .zero3 import whole_model
 
 logger = logging.getLogger(__name__)
 
@@ -201,7 +202,8 @@ def run_claimed(
     samples = open_rows(settings.data.train, check_image_folder(settings)) if samples is None else samples
     folder = local_folder(settings.model)
     processor = load_processor(settings, folder)
-    model = load_model(settings, processor, folder, resume_from)
+    with whole_model():
+        model = load_model(settings, processor, folder, resume_from)
     dataset = LatentDataset(
         samples,
         processor,

@@ -169,7 +169,7 @@ class TrainSettings:
         trainer: arguments of `transformers.TrainingArguments`.
         dtype: of the frozen and trained weights; `float32` with `trainer.bf16` is mixed precision.
         attn_implementation: the host library's attention (`sdpa`, `flash_attention_2`, `eager`); `None` = its default.
-        parallel: how several processes share the work: `ddp`, `fsdp2`, or DeepSpeed's `zero1`, `zero2`.
+        parallel: how several processes share the work: `ddp`, `fsdp2`, or DeepSpeed's `zero1`, `zero2`, `zero3`.
         compile: backend that `torch.compile` builds every decoder layer with, such as `inductor`; `None` = none.
         fused_cross_entropy: Liger's fused linear cross-entropy: `auto` (on a GPU, where installed), `liger`, `off`.
         resume: continue from the last trainer checkpoint in `output`.

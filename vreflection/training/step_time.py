@@ -78,7 +78,7 @@ def micro_batch_flops(shape: ModelShape, plan: Plan) -> tuple[float, float]:
 
 def traffic(shape: ModelShape, plan: Plan) -> float:
     """Bytes a GPU sends per optimizer step, as rings do it."""
-    from .memory_plan import all_parameters, trained_parameters
+    from .memory_plan import all_parameters, resident_parameters, trained_parameters
 
     if plan.world == 1:
         return 0.0
@@ -92,6 +92,10 @@ def traffic(shape: ModelShape, plan: Plan) -> float:
         return share * width * trained * 2  # gradients once, updated weights once
     if plan.parallel == "zero2":
         return share * width * trained * (plan.accumulation + 1)
+    if plan.parallel == "zero3":
+        resident = resident_parameters(shape, plan)  # gathered once per step
+        per_batch = 2 * (everything - resident) + trained
+        return share * width * (plan.accumulation * per_batch + resident)
     gathers = 2 * everything  # for the forward and for the backward pass, of every micro-batch
     return share * width * plan.accumulation * (gathers + trained)
 

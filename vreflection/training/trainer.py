@@ -25,6 +25,7 @@ from .parallel import agreed_maximum, bind_forward_method, shard_model
 from .settings import TrainSettings
 from .throughput import ThroughputMeter
 from .zero import GradientOrder, check_deepspeed_config, poisoned
+from .zero3 import ResidentParts
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +77,7 @@ class LatentTrainer(CheckpointingTrainer, Trainer):
         if self.is_deepspeed_enabled:
             check_deepspeed_config(self.accelerator.state.deepspeed_plugin.deepspeed_config, parallel)
         self.gradient_order: GradientOrder | None = None
+        self.resident: ResidentParts | None = None
         self.schedule_behind = False
         uses_latents = model.config.traits.slot_input == "latents"
         self.free_share = settings.free_running.share if uses_latents else lambda progress: 0.0
@@ -121,6 +123,8 @@ class LatentTrainer(CheckpointingTrainer, Trainer):
         prepared = super()._prepare_for_training(*args, **kwargs)
         if self.is_deepspeed_enabled:
             self.gradient_order = GradientOrder(self.deepspeed.optimizer, self._core())  # pyright: ignore
+            if self.parallel == "zero3":
+                self.resident = ResidentParts(self.deepspeed, self._core())
         return prepared
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
@@ -161,6 +165,8 @@ class LatentTrainer(CheckpointingTrainer, Trainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         sources = inputs.get("sources", [])
         self.meter.note(inputs)
+        if self.resident is not None:
+            self.resident.gather()
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.gradient_order is not None:
             self.gradient_order.check_empty()
@@ -198,7 +204,7 @@ class LatentTrainer(CheckpointingTrainer, Trainer):
         chosen = choose_samples(samples, share, self.args.seed, number)
         # A sharded model is run by all processes or none.
         rounds = rounds_needed(layout, chosen)
-        if self.parallel == "fsdp2":
+        if self.parallel in ("fsdp2", "zero3"):
             rounds = agreed_maximum(rounds, self.args.device)
         if not rounds:
             return {}

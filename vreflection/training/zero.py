@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO-1 and ZeRO-2: what they need to give the numbers of one process, and what is refused."""
+"""DeepSpeed's ZeRO: what it needs to give the numbers of one process, and what is refused."""
 
 from __future__ import annotations
 
@@ -18,32 +18,41 @@ from ..errors import ConfigError
 logger = logging.getLogger(__name__)
 
 CHECKPOINT = "latest"  # names the folder of DeepSpeed's own state inside a checkpoint
-NO_ZERO3 = (
-    "ZeRO-3 is not supported: it gathers weights module by module, and processes whose batch has no image run other "
-    "modules than the rest. Use parallel=fsdp2, which shards the same"
-)
+UNKNOWN_ZERO3 = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
 
 
 def check_deepspeed_config(config: Mapping[str, Any], parallel: str) -> None:
     """Refuse a DeepSpeed configuration whose training is not known to be right.
 
     Raises:
-        ConfigError: another ZeRO stage than `parallel`, offloading, or float16.
+        ConfigError: another ZeRO stage than `parallel`, offloading, quantisation, or float16.
     """
     zero = config.get("zero_optimization", {})
     stage = zero.get("stage", 0)
-    if stage == 3 or parallel == "zero3":
-        raise ConfigError(f"parallel: {NO_ZERO3}")
     if parallel != f"zero{stage}":
         raise ConfigError(f"parallel: expected zero{stage} as in DeepSpeed's configuration, got {parallel!r}")
     for key in ("offload_optimizer", "offload_param"):
         if (zero.get(key) or {}).get("device", "none") != "none":
             raise ConfigError(f"deepspeed: {key}: offloading is not supported; remove it, or use parallel=fsdp2")
+    if stage == 3:
+        check_zero3(zero)
     if config.get("fp16", {}).get("enabled", False) is True:
         raise ConfigError("deepspeed: fp16 is not supported; use trainer.bf16=true")
     if config.get("bf16", {}).get("check_grad_overflow", True) is not True:
         raise ConfigError(
             "deepspeed: bf16.check_grad_overflow: expected true: it is what skips steps that are not finite"
+        )
+
+
+def check_zero3(zero: Mapping[str, Any]) -> None:
+    if zero.get("stage3_gather_16bit_weights_on_model_save") is not True:
+        raise ConfigError(
+            "deepspeed: stage3_gather_16bit_weights_on_model_save: expected true: the trained weights are saved whole"
+        )
+    asked = [key for key in UNKNOWN_ZERO3 if zero.get(key)]
+    if asked or zero.get("zero_hpz_partition_size", 1) > 1:
+        raise ConfigError(
+            f"deepspeed: {asked or ['zero_hpz_partition_size']} is not supported with ZeRO-3; leave it out"
         )
 
 
@@ -60,7 +69,7 @@ def launched_config() -> str | None:
 
 
 def launched_zero() -> str:
-    """`zero1` or `zero2`, as `accelerate launch` was configured.
+    """`zero1`, `zero2` or `zero3`, as `accelerate launch` was configured.
 
     Raises:
         ConfigError: see `check_deepspeed_config`.
@@ -94,27 +103,31 @@ class GradientOrder:
     A gradient that comes early waits for its turn here.
 
     Args:
-        optimizer: DeepSpeed's, of stage 1 or 2.
+        optimizer: DeepSpeed's.
         model: whose trainable parameters it shards.
 
     Raises:
         ConfigError: this version of DeepSpeed takes gradients elsewhere.
     """
 
+    # Where DeepSpeed's optimizers take a parameter whose gradient is complete: of stages 1 and 2, of stage 3.
+    TAKES = ("process_gradients", "reduce_ready_partitions_and_remove_grads")
+
     def __init__(self, optimizer: Any, model: nn.Module):
-        if not callable(getattr(optimizer, "process_gradients", None)):
+        name = next((name for name in self.TAKES if callable(getattr(optimizer, name, None))), None)
+        if name is None or (name == self.TAKES[1] and not hasattr(optimizer, "persistent_parameters")):
             raise ConfigError(
                 f"parallel: DeepSpeed's {type(optimizer).__name__} does not let gradients be ordered; use DeepSpeed "
                 "0.19 (and, for zero1, no data_types.grad_accum_dtype), or parallel=fsdp2"
             )
         self.order = gradient_order(model)
-        self.hand_over = optimizer.process_gradients
-        self.waiting: dict[int, tuple[nn.Parameter, int]] = {}
+        self.hand_over = getattr(optimizer, name)
+        self.waiting: dict[int, tuple[Any, ...]] = {}
         self.next = 0
-        optimizer.process_gradients = self
+        setattr(optimizer, name, self)
 
-    def __call__(self, parameter: nn.Parameter, group: int) -> None:
-        self.waiting[id(parameter)] = (parameter, group)
+    def __call__(self, parameter: nn.Parameter, *group: int) -> None:
+        self.waiting[id(parameter)] = (parameter, *group)
         while self.next < len(self.order) and self.order[self.next] in self.waiting:
             self.hand_over(*self.waiting.pop(self.order[self.next]))
             self.next += 1
