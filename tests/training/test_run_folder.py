@@ -172,3 +172,15 @@ def test_skipped_steps_have_no_loss_and_epochs_are_the_datas(mixed):
 def test_settings_of_a_checkpoint_are_readable(mixed, finished):
     written = yaml.safe_load((mixed.root / finished / "checkpoint-4" / "train_settings.yaml").read_text())
     assert written["stage"] == "stage1" and written["data"]["pack_tokens"] == 300
+
+
+def test_skipped_steps_go_on_counting_after_a_resume(mixed):
+    train(mixed.settings("counts", trainer={**SAVING, "max_steps": 2}))
+    file = mixed.root / "counts" / "checkpoint-2" / "progress.json"
+    progress = json.loads(file.read_text())
+    assert progress["guard"] == {"skipped": 0, "bad_in_a_row": 0}
+    file.write_text(json.dumps({**progress, "guard": {"skipped": 3, "bad_in_a_row": 1}}))
+    result = train(mixed.settings("counts", trainer={**SAVING, "max_steps": 3}, resume=True))
+    assert [row.get("skipped_steps") for row in result.history if "loss" in row] == [None, None, 3]
+    after = json.loads((mixed.root / "counts" / "checkpoint-3" / "progress.json").read_text())
+    assert after["guard"] == {"skipped": 3, "bad_in_a_row": 0}

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -127,21 +127,21 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return result
 
 
-def write_progress(checkpoint: Path, micro_batches: int, plan: BatchPlan) -> None:
-    """How much of the run's stream of micro-batches is used up, and which stream it was."""
-    progress = {"micro_batches": micro_batches, "rows": len(plan.indices), "order": order_key(plan)}
+def write_progress(checkpoint: Path, micro_batches: int, plan: BatchPlan, counts: Mapping[str, int]) -> None:
+    """How much of the run's stream of micro-batches is used up, which stream it was, and the step guard's counts."""
+    progress = {"micro_batches": micro_batches, "rows": len(plan.indices), "order": order_key(plan), "guard": counts}
     (checkpoint / PROGRESS).write_text(json.dumps(progress))
 
 
-def read_progress(checkpoint: Path, plan: BatchPlan) -> int:
-    """Micro-batches used up when a checkpoint was made.
+def read_progress(checkpoint: Path, plan: BatchPlan) -> tuple[int, dict[str, int]]:
+    """Micro-batches used up when a checkpoint was made, and the step guard's counts.
 
     Raises:
         CheckpointError: the file is missing or damaged.
     """
     try:
         progress = json.loads((checkpoint / PROGRESS).read_text())
-        used = int(progress["micro_batches"])
+        used, counts = int(progress["micro_batches"]), dict(progress.get("guard", {}))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{checkpoint}: expected a readable {PROGRESS}, got {error}; copy it again") from error
     if progress.get("order") != order_key(plan):
@@ -149,7 +149,7 @@ def read_progress(checkpoint: Path, plan: BatchPlan) -> int:
             "the usable rows are others than when %s was made (%s then, %d now): another order goes on at its place",
             checkpoint, progress.get("rows"), len(plan.indices),
         )  # fmt: skip
-    return used
+    return used, counts
 
 
 def order_key(plan: BatchPlan) -> str:

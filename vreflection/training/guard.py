@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -74,6 +74,13 @@ class StepGuard:
         self.bad_in_a_row = 0
         self.skipped = 0
         self.micro_batches: list[tuple[torch.Tensor, list[str]]] = []
+
+    def counts(self) -> dict[str, int]:
+        """What a checkpoint keeps: a resumed run goes on counting."""
+        return {"skipped": self.skipped, "bad_in_a_row": self.bad_in_a_row}
+
+    def goes_on_from(self, counts: Mapping[str, int]) -> None:
+        self.skipped, self.bad_in_a_row = counts.get("skipped", 0), counts.get("bad_in_a_row", 0)
 
     def note(self, loss: torch.Tensor, sources: list[str]) -> None:
         """Remember a micro-batch of this step; nothing is read from the device yet."""

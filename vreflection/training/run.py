@@ -27,7 +27,7 @@ from ..model.processor import VReflectionProcessor
 from .acceleration import accelerate_model
 from .adapters import add_adapters, has_adapters, load_adapters, merge_adapters
 from .arguments import training_arguments
-from .checkpoints import newest_checkpoint
+from .checkpoints import checkpoints_in, newest_checkpoint
 from .config import settings_dict
 from .features import feature_key, fill_feature_store
 from .folder import check_new_run, check_resumed_settings, claimed, read_progress, write_progress
@@ -229,7 +229,7 @@ def run_claimed(
 
     def extras(folder: Path) -> None:
         save_extras(folder, processor, settings)
-        write_progress(folder, trainer.micro_batches_used, data.plan)
+        write_progress(folder, trainer.micro_batches_used, data.plan, trainer.guard.counts())
 
     trainer.save_extras = extras
     if on_step is not None:
@@ -237,7 +237,9 @@ def run_claimed(
         trainer.remove_callback(ProgressCallback)
     first_step = 0 if resume_from is None else int(resume_from.name.rpartition("-")[2])
     if resume_from is not None:
-        trainer.goes_on_from(first_step, read_progress(resume_from, data.plan))
+        used, counts = read_progress(resume_from, data.plan)
+        trainer.goes_on_from(first_step, used)
+        trainer.guard.goes_on_from(counts)
     # Signals wait until the result is saved as well.
     with lost_peers_explained(Path(settings.output)), trainer.stop.listening(handle_signals):
         outcome = trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
@@ -301,7 +303,11 @@ def save_extras(folder: Path, processor: VReflectionProcessor, settings: TrainSe
 
 
 def save_result(trainer: LatentTrainer, processor: VReflectionProcessor, settings: TrainSettings) -> None:
-    """The trained model as a folder of its own: adapters merged, weights only."""
+    """The trained model as a folder of its own: adapters merged, weights only.
+
+    Raises:
+        TrainingError: it could not be written; what was there before is untouched.
+    """
     weights, model = trainer.full_weights(), trainer.accelerator.unwrap_model(trainer.model)
     if trainer.is_deepspeed_enabled:
         weights = trainer.accelerator.get_state_dict(trainer.deepspeed)
@@ -316,5 +322,10 @@ def save_result(trainer: LatentTrainer, processor: VReflectionProcessor, setting
     if model.config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)
     output = Path(settings.output)
-    model.save_pretrained(output, state_dict=weights)
-    save_extras(output, processor, settings)
+    try:
+        model.save_pretrained(output, state_dict=weights)
+        save_extras(output, processor, settings)
+    except (CheckpointError, OSError) as error:
+        saved = checkpoints_in(output)
+        kept = f"{saved[-1].name} is kept: --resume goes on from there" if saved else "no checkpoint was asked for"
+        raise TrainingError(f"training ended, and its result could not be saved: {error} ({kept})") from error

@@ -1,8 +1,8 @@
 """ZeRO-3 with processes that run different modules: what only some of them run stays gathered everywhere.
 
-DeepSpeed gathers a module's weights when it is entered, which is a collective, and checks that all processes entered the
-same modules. A process whose batch has no image enters neither the vision tower nor the compression modules, nor, without
-supervised positions, the vocabulary projection of a fused cross-entropy.
+DeepSpeed gathers a module's weights when it is entered, which is a collective, and checks that all processes entered
+the same modules. A process whose batch has no image enters neither the vision tower nor the compression modules; one
+without supervised positions enters the vocabulary projection, which a fused cross-entropy bypasses.
 """
 
 from __future__ import annotations
