@@ -19,7 +19,13 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, find_packages, setup
+
+if int(setuptools.__version__.partition(".")[0]) < 77:  # met without build isolation only
+    sys.exit(
+        f"vreflection's build expects setuptools 77 or newer, got {setuptools.__version__}: pip install -U setuptools"
+    )
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
