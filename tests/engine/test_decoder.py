@@ -8,6 +8,7 @@ import torch
 import vreflection as vr
 from vreflection.engine import prefill
 from vreflection.errors import ConfigError
+from vreflection.ops import dispatch
 
 STEPS = ("torch", "model")
 
@@ -421,3 +422,34 @@ def test_sliding_windows_are_refused(lab, monkeypatch):
     monkeypatch.setattr(config, "layer_types", ["full_attention", "sliding_attention"])
     with pytest.raises(ConfigError, match="no decoder step can run this model here: .*model: the cache holds full"):
         make(model)
+
+
+@pytest.mark.parametrize("step", [*STEPS, "cpp"])
+def test_hidden_images_are_as_if_masked_after_the_prompt(lab, tiny, step):
+    """Beside rows that see theirs, with prompts that begin alike before and after."""
+    from vreflection.engine.requests import Prompt
+    from vreflection.evaluation.forced import ForcedScorer, GivenAnswer
+
+    if step == "cpp" and dispatch.CPP_MISSING:
+        pytest.skip(dispatch.CPP_MISSING)
+    model = lab.lively()
+    decoder = make(model, step=step, max_batch_size=4)
+    seen = decoder.generate([lab.prompt(0)], max_new_tokens=8, return_latents=True)[0]
+    requests = [
+        decoder.request(lab.prompt(n), hide_images=hide, force_latent=True, return_latents=True, max_new_tokens=8)
+        for n, hide in ((0, True), (0, False), (2, True), (1, True), (0, True), (0, False))
+    ]
+    answers = decoder.generate(requests)
+    scorer = ForcedScorer(model)
+    for request, answer in zip(requests, answers, strict=True):
+        given = GivenAnswer(answer.tokens, answer.latent, answer.latents.flatten(0, 1), request.hide_images)
+        blind = GivenAnswer(answer.tokens, answer.latent, answer.latents.flatten(0, 1), True)
+        same, hidden = scorer.hidden(request.prompt, [given, blind])
+        torch.testing.assert_close(answer.step_hidden, same, rtol=1e-4, atol=1e-4)
+        if request.prompt.image_grid_thw is not None and not request.hide_images:
+            assert (same - hidden).abs().max() > 1e-2  # seeing is not the same
+    assert answers[0].tokens == answers[4].tokens and answers[1].tokens == answers[5].tokens
+    again = decoder.generate([lab.prompt(0)], max_new_tokens=8, return_latents=True)[0]
+    assert again.tokens == seen.tokens
+    torch.testing.assert_close(again.step_hidden, seen.step_hidden, rtol=1e-4, atol=1e-4)
+    assert Prompt.of(lab.prompt(1)).image_grid_thw is None  # one of them has nothing to hide

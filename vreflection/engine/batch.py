@@ -115,7 +115,8 @@ class Batch:
             with eval_mode(self.model):
                 hidden = self.prefill.fill(slots, [request.prompt for request in requests])
             last = torch.stack([hidden[slot][0] for slot in slots])
-            emissions = self.first_picks(slots, requests, last, [hidden[slot][1] for slot in slots])
+            lengths = [self.visible_length(slot, request) for slot, request in zip(slots, requests)]
+            emissions = self.first_picks(slots, requests, last, [hidden[slot][1] for slot in slots], lengths)
         except BaseException:
             # The rows stay idle, and steps of their neighbours may write anywhere in them.
             for slot in slots:
@@ -130,7 +131,19 @@ class Batch:
                 row.hidden.append(z)
             self.note(row, number)
 
-    def first_picks(self, slots, requests: list[Request], last_BD, positions: list[int]) -> list[int]:
+    def visible_length(self, slot: int, request: Request) -> int:
+        """Columns of the filled prompt that later positions look at; hidden images leave the cache."""
+        ids = request.prompt.input_ids
+        if not request.hide_images:
+            return len(ids)
+        kept = (ids != self.model.config.image_token_id).nonzero()[:, 0].to(self.device)
+        self.cache.keep_columns(slot, kept)
+        self.prefill.held.pop(slot, None)  # no prompt of another row can begin with what is left
+        return len(kept)
+
+    def first_picks(
+        self, slots, requests: list[Request], last_BD, positions: list[int], lengths: list[int]
+    ) -> list[int]:
         """Set the rows' state, pick each one's first token; returns emissions."""
         device, state = self.device, self.buffers.state
         number = lambda values: torch.tensor(values, dtype=torch.int64, device=device)  # noqa: E731
@@ -145,7 +158,7 @@ class Batch:
             fresh.end_ids[row, : len(request.eos_token_ids)] = number(list(request.eos_token_ids))
         fresh.finished.fill_(False)
         fresh.last_token, fresh.z = number(last), last_BD
-        fresh.position, fresh.length = number(positions), number([len(r.prompt) for r in requests])
+        fresh.position, fresh.length = number(positions), number(lengths)
         plan = PickPlan.of([r.sampling for r in requests])
         sampling = SamplingRows.of([r.sampling for r in requests], [r.seed for r in requests], device)
         if plan.penalty or state.seen is not None:

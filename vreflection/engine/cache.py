@@ -47,6 +47,11 @@ class KVCache:
             for tensor in (*self.keys, *self.values):
                 tensor[row, :, start:stop] = 0
 
+    def keep_columns(self, row: int, kept: torch.Tensor) -> None:
+        """Move the given columns `(n,)` of a row to its front; what lies behind is no longer looked at."""
+        for tensor in (*self.keys, *self.values):
+            tensor[row, :, : len(kept)] = tensor[row][:, kept]
+
     def copy_prefix(self, source: int, target: int, columns: int) -> None:
         for tensor in (*self.keys, *self.values):
             tensor[target, :, :columns] = tensor[source, :, :columns]

@@ -91,6 +91,7 @@ class LatentDecoder(Batch):
         latents: torch.Tensor | None = None,
         seed: int | None = None,
         return_latents: bool = False,
+        hide_images: bool = False,
         generation_config=None,
         **settings,
     ) -> Request:
@@ -104,6 +105,8 @@ class LatentDecoder(Batch):
             latents: `(N, D)` states to consume inside spans instead of the model's own, for interventions.
             seed: of the row's draws; the same seed gives the same answer whatever shares the batch. Default: drawn
                 from torch's own generator.
+            hide_images: no position after the prompt attends to image tokens, an intervention: what the answer knows of
+                the image then went through the prompt's text.
             settings: `max_new_tokens, do_sample, temperature, top_k, top_p, repetition_penalty, eos_token_id`;
                 defaults from the generation config.
 
@@ -126,6 +129,7 @@ class LatentDecoder(Batch):
             force_latent=force_latent,
             latents=None if given is None else given[0],
             return_latents=return_latents,
+            hide_images=hide_images,
         )
         self.check_length(made)
         return made

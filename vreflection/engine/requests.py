@@ -164,6 +164,7 @@ class Request:
     force_latent: bool = False
     latents: torch.Tensor | None = None  # (N, D)
     return_latents: bool = False
+    hide_images: bool = False
 
 
 @dataclass

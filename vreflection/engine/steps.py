@@ -30,6 +30,19 @@ def eval_mode(module: torch.nn.Module) -> Iterator[None]:
             part.training = True
 
 
+@contextmanager
+def masked_attention(decoder: nn.Module, needed: bool) -> Iterator[None]:
+    """Attention kernels that take no mask (flash) are set aside for calls that need one."""
+    config = decoder.config
+    chosen = config._attn_implementation
+    if needed and chosen not in ("sdpa", "eager"):
+        config._attn_implementation = "sdpa"  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        config._attn_implementation = chosen  # pyright: ignore[reportAttributeAccessIssue]
+
+
 class HostStep:
     """What every step shares: embeddings, the vocabulary projection, prefill through the host's own forward."""
 
@@ -55,7 +68,7 @@ class HostStep:
             length = embeds_BLD.shape[1]
             column = torch.arange(start + length, device=embeds_BLD.device)
             mask = self.full_mask((column <= column[start:, None])[None, None], embeds_BLD.dtype)
-        with self.masked_attention(mask is not None):
+        with masked_attention(self.decoder, mask is not None):
             return self.run_host(embeds_BLD, position_ids, mask)
 
     def run_host(self, embeds_BLD, position_ids, mask):
@@ -77,18 +90,6 @@ class HostStep:
             )
         }
 
-    @contextmanager
-    def masked_attention(self, needed: bool):
-        """Attention kernels that take no mask (flash) are set aside for calls that need one."""
-        config = self.decoder.config
-        chosen = config._attn_implementation
-        if needed and chosen not in ("sdpa", "eager"):
-            config._attn_implementation = "sdpa"
-        try:
-            yield
-        finally:
-            config._attn_implementation = chosen
-
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         return self.embed_tokens(token_ids)
 
@@ -96,7 +97,7 @@ class HostStep:
         self.host_cache.rows_for_step(length, extent)
         visible = torch.arange(extent, device=length.device) <= length[:, None]
         mask = self.full_mask(visible[:, None, None], inputs_BD.dtype)
-        with self.masked_attention(True):
+        with masked_attention(self.decoder, True):
             hidden = self.run_host(inputs_BD[:, None], position[None, :, None].expand(3, -1, 1), mask)
         return hidden[:, 0]
 
