@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from . import eval_score
+
+if TYPE_CHECKING:
+    from ..evaluation.run import EvalReport
+
 app = typer.Typer(invoke_without_command=True, help="Answer benchmarks with a model; score and compare what it said.")
+app.command("score")(eval_score.score)
+app.command("compare")(eval_score.compare)
 
 
 @app.callback()
@@ -45,6 +54,10 @@ def command(
     missing = [name for name, value in (("model", model), ("benchmarks", benchmarks), ("out", out)) if value is None]
     if missing or model is None or benchmarks is None or out is None:
         raise ConfigError(f"eval: expected {', '.join(f'--{name}' for name in missing)}; see vreflection eval --help")
+    from ..evaluation.protocol import LABEL_REVISIONS
+
+    if labels is not None and labels not in LABEL_REVISIONS:
+        raise ConfigError(f"labels: expected one of {', '.join(LABEL_REVISIONS)}, got {labels!r}")
     from ..evaluation.raw_files import Shard
     from ..evaluation.run import EvalSettings, run_evaluation
     from .progress import PhaseBars, log_to_terminal, quiet_host_library
@@ -63,5 +76,24 @@ def command(
     if not report.main:
         return
     for name in report.unverified:
-        typer.echo(f"{name}: {report.asked[name]} items, counts not verified", err=True)
-    typer.echo(json.dumps({"out": str(out), "asked": report.asked, "done": report.done, "answered": report.answered}))
+        typer.echo(f"{name}: {report.asked[name]} items; their counts are not the published ones", err=True)
+    _tell(report, out, labels, as_json)
+
+
+def _tell(report: EvalReport, out: Path, labels: str | None, as_json: bool) -> None:
+    """The score where every item is answered, otherwise what is missing and how to go on."""
+    if as_json:
+        shown = {"out": str(out), "asked": report.asked, "done": report.done, "answered": report.answered}
+        if not report.missing:
+            with contextlib.redirect_stdout(io.StringIO()) as printed:
+                eval_score.score([out], labels=labels, as_json=True)
+            shown["score"] = json.loads(printed.getvalue())
+        typer.echo(json.dumps(shown))
+    elif report.missing:
+        counts = ", ".join(f"{count} of {report.asked[name]} in {name}" for name, count in report.missing.items())
+        typer.echo(
+            f"this part is done; still missing: {counts}. When the other shards are done, or this command was run "
+            f"without --shard: vreflection eval score {out}"
+        )
+    else:
+        eval_score.score([out], labels=labels)

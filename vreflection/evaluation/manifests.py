@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from .records import Manifest
 logger = logging.getLogger(__name__)
 
 RUN = "run.json"
+ABSENT = object()
 # Told, not refused: where the same weights lie, and what does not decide an answer beyond rounding.
 LOOSE = ("model", "versions.python", "versions.device")
 
@@ -44,24 +45,30 @@ def settle_manifest(out: Path, manifest: Manifest) -> bool:
         raise DataError(
             "raw-damaged", f"expected JSON, got {error}; restore it, or choose another --out", str(path)
         ) from None
-    then, now = flat(before), flat(wanted)
-    changed = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
-    refused = [f"{key}: {then.get(key)!r} then, {now.get(key)!r} now" for key in changed if key not in LOOSE]
+    found = dict(differences(before, wanted))
+    refused = [f"{key}: {change}" for key, change in found.items() if key not in LOOSE]
     if refused:
-        more = f" and {len(refused) - 8} more" if len(refused) > 8 else ""
+        more = f"; and {len(refused) - 8} more" if len(refused) > 8 else ""
         raise ConfigError(
-            f"out: {str(out)!r} holds a run with other settings: {'; '.join(refused[:8])}{more}; set them back to go "
+            f"out: {str(out)!r} holds a run with other settings: {'; '.join(refused[:8])}{more}. Set them back to go "
             "on with it, or choose another --out"
         )
-    for key in changed:
-        logger.info("%s: %r then, %r now", key, then.get(key), now.get(key))
+    for key, change in found.items():
+        logger.info("%s: %s", key, change)
     return True
 
 
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings with dotted keys."""
-    result: dict[str, Any] = {}
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        result |= flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
-    return result
+def differences(then: Any, now: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted keys whose values differ, with both values; what is in one of the two only is named as a whole."""
+    if isinstance(then, Mapping) and isinstance(now, Mapping):
+        for key in (*then, *(key for key in now if key not in then)):
+            inner = f"{name}.{key}" if name else str(key)
+            yield from differences(then.get(key, ABSENT), now.get(key, ABSENT), inner)
+    elif then != now:
+        yield name, f"{_short(then)} then, {_short(now)} now"
+
+
+def _short(value: Any) -> str:
+    if value is ABSENT:
+        return "absent"
+    return "given" if isinstance(value, Mapping) else repr(value)[:80]

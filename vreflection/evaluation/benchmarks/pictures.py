@@ -15,7 +15,7 @@ from ...errors import DataError
 
 Opener = Callable[[], Image.Image]
 # What the benchmarks hold; some other formats start external programs when opened.
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "MPO")
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 _LIMIT = threading.RLock()
 
 
