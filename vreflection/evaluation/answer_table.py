@@ -17,6 +17,7 @@ import numpy as np
 from ..errors import ConfigError, DataError
 from .extraction import Extractor
 from .protocol import Protocol, load_protocol, protocol_from
+from .raw_files import raw_files
 from .records import FORMAT, LETTERS, Manifest
 
 _REMEMBERED = 64  # characters; longer answers hardly repeat
@@ -193,7 +194,7 @@ def read_answers(run: Run, benchmark: str, extract: Extractor, labels: str = "or
     if benchmark not in asked:
         raise ConfigError(f"{run.folder}: expected one of {sorted(asked)}, got {benchmark!r}: the run did not ask it")
     reader = _Reader(benchmark, extract, labels)
-    for path in answer_files(run.folder, benchmark):
+    for path in raw_files(run.folder, benchmark):
         reader.read(path)
     expected = asked[benchmark].get("asked", asked[benchmark].get("rows"))
     if not isinstance(expected, int) or isinstance(expected, bool):
@@ -207,12 +208,6 @@ def read_answers(run: Run, benchmark: str, extract: Extractor, labels: str = "or
             str(run.folder / "raw"),
         )
     return reader.table(expected)
-
-
-def answer_files(folder: Path, benchmark: str) -> list[Path]:
-    """`raw/<benchmark>.jsonl` and `raw/<benchmark>.<shard>-of-<n>.jsonl`, those that are there."""
-    raw = folder / "raw"
-    return sorted({*raw.glob(f"{benchmark}.jsonl"), *raw.glob(f"{benchmark}.*.jsonl")})
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -247,12 +242,12 @@ class _Reader:
 
     def read(self, path: Path) -> None:
         for number, line in _lines(path):
+            if not line.endswith(b"\n"):
+                self.torn.append(path.name)  # its writer was killed; the item is missing and will be asked again
+                return
             try:
                 row = json.loads(line)
             except ValueError as error:
-                if not line.endswith(b"\n"):
-                    self.torn.append(path.name)  # the writer was killed; its item is missing and will be asked again
-                    return
                 raise DataError(
                     "row-not-json", f"expected an answer in JSON, got {error}; delete the line and resume the run",
                     f"{path}:{number}",

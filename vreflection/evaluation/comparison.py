@@ -18,6 +18,7 @@ from .scoring import label_revision, refuse_missing, scoring_protocol
 from .statistics import Paired, paired
 
 _SHOWN = 3  # items named in a message
+_TOLD = {"dtype", "device"}  # change answers by rounding only: told, not refused
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,12 @@ class BenchmarkComparison:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A run against the first one. `only_first`, `only_second`: benchmarks that the other run did not ask."""
+    """A run against the first one.
+
+    Attributes:
+        only_first, only_second: benchmarks that the other run did not ask.
+        told: settings that differ without making the runs unlike, with both values.
+    """
 
     first: str
     second: str
@@ -51,6 +57,7 @@ class Comparison:
     benchmarks: list[BenchmarkComparison]
     only_first: list[str]
     only_second: list[str]
+    told: dict[str, tuple[Any, Any]]
 
     def as_dict(self) -> dict[str, Any]:
         plain = asdict(self)
@@ -93,7 +100,7 @@ def compare_runs(
     found = [_compare(a, b, x, y, partial) for x, y in zip(*tables, strict=True)]
     return Comparison(
         str(a.folder), str(b.folder), chosen[0].tag, revision, found,
-        sorted(set(asked_a) - set(shared)), sorted(set(asked_b) - set(shared)),
+        sorted(set(asked_a) - set(shared)), sorted(set(asked_b) - set(shared)), _differing_quietly(a, b),
     )  # fmt: skip
 
 
@@ -119,12 +126,28 @@ def refuse_unlike(a: Run, b: Run, labels: str | None) -> None:
         _refuse(a, b, f"one extractor, got {a.protocol.extractor} and {b.protocol.extractor}", again)
     if dict(first.pixels) != dict(second.pixels):
         _refuse(a, b, f"one pixel range, got {dict(first.pixels)} and {dict(second.pixels)}", again)
-    if dict(first.generation) != dict(second.generation):
-        _refuse(a, b, f"the same generation, got {dict(first.generation)} and {dict(second.generation)}", again)
+    generation = [{key: m.generation.get(key) for key in _settings(a, b) - _TOLD} for m in (first, second)]
+    if generation[0] != generation[1]:
+        _refuse(a, b, f"the same generation, got {generation[0]} and {generation[1]}", again)
     for name in first.benchmarks:
         files = [run.manifest.benchmarks.get(name, {}).get("files") for run in (a, b)]
         if name in second.benchmarks and files[0] != files[1]:
             _refuse(a, b, f"the same files of {name}, got {files[0]} and {files[1]}", "answer both from the same files")
+
+
+def _differing_quietly(a: Run, b: Run) -> dict[str, tuple[Any, Any]]:
+    first, second = a.manifest, b.manifest
+    pairs = {key: (first.generation.get(key), second.generation.get(key)) for key in sorted(_TOLD)}
+    for group in ("latents", "versions"):
+        mine, theirs = getattr(first, group), getattr(second, group)
+        pairs |= {f"{group}.{key}": (mine.get(key), theirs.get(key)) for key in sorted({*mine, *theirs})}
+    pairs |= {"model": (first.model, second.model), "digest": (first.digest, second.digest)}
+    return {key: values for key, values in pairs.items() if values[0] != values[1]}
+
+
+def _settings(a: Run, b: Run) -> set[str]:
+    """Names of generation settings, without the token limits, which the protocols tell."""
+    return (set(a.manifest.generation) | set(b.manifest.generation)) - {"max_new_tokens"}
 
 
 def _refuse(a: Run, b: Run, problem: str, fix: str) -> None:

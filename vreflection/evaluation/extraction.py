@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections import Counter
 from collections.abc import Callable, Sequence
 
 from .harness_rules import lmms_eval, vlmevalkit
@@ -17,9 +16,9 @@ from .records import LETTERS
 
 Extractor = Callable[[str, Sequence[str], str], str | None]
 
-OPEN, CLOSE = "<answer>", "</answer>"
+_OPEN, _CLOSE = (re.compile(tag, re.IGNORECASE | re.ASCII) for tag in ("<answer>", "</answer>"))
 _SPECIAL = re.compile(r"<\|[^<>|]{1,64}\|>")
-_TURN_END = re.compile(r"(?:\s|<\|im_end\|>|<\|endoftext\|>)+\Z")
+_TURN_ENDS = ("<|im_end|>", "<|endoftext|>")
 _EMPHASIS = str.maketrans("", "", "*_")
 _QUOTES = str.maketrans("‘’“”", "''\"\"")
 _TRAILING = " .,;:!?"
@@ -33,12 +32,13 @@ _NAMED = re.compile(r"\(([A-Za-z])\)|\b[Oo]ption ([A-Za-z])\b|\b([B-HJ-Z])\b")
 
 def inside_answer(text: str) -> str:
     """Text inside the last `<answer>`, closed or not; the whole text where there is none."""
-    start = text.lower().rfind(OPEN)
-    if start < 0:
+    opened = None
+    for found in _OPEN.finditer(text):
+        opened = found
+    if opened is None:
         return text
-    inner = text[start + len(OPEN) :]
-    end = inner.lower().find(CLOSE)
-    return inner if end < 0 else inner[:end]
+    closed = _CLOSE.search(text, opened.end())
+    return text[opened.end() : closed.start() if closed else None]
 
 
 def strict(text: str, options: Sequence[str], benchmark: str = "") -> str | None:
@@ -99,7 +99,10 @@ def reference(text: str, options: Sequence[str] = (), benchmark: str = "") -> st
 
     So "The answer is B." is E, and a latent span without an answer is A, the first such letter of `<|lvr_start|>`.
     """
-    found = _FIRST_A_TO_E.search(_TURN_END.sub("", inside_answer(text)))
+    inner = inside_answer(text).rstrip()
+    for end in _TURN_ENDS:  # no part of the answer
+        inner = inner.removesuffix(end).rstrip()
+    found = _FIRST_A_TO_E.search(inner)
     return found[0].upper() if found else None
 
 
@@ -109,9 +112,3 @@ EXTRACTORS: dict[str, Extractor] = {
     "vlmevalkit": vlmevalkit,
     "lmms-eval": lmms_eval,
 }
-
-
-def letter_counts(letters: Sequence[str | None]) -> dict[str, int]:
-    """How often each letter was said, in the order of the alphabet; answers that did not parse are left out."""
-    counts = Counter(letter for letter in letters if letter is not None)
-    return {letter: counts[letter] for letter in sorted(counts)}

@@ -193,9 +193,15 @@ def _pieces(values: Any, where: str) -> dict[str, dict[str, str]]:
         _same_keys(pieces, list(_PIECES), here)
         for piece, template in pieces.items():
             try:
-                named = {field for _, field, *_ in string.Formatter().parse(template) if field is not None}
+                parsed = list(string.Formatter().parse(template))
             except ValueError as error:
                 raise ConfigError(f"{here}: {piece}: {error}; write a brace of the text twice") from None
+            # A field with a format or a conversion is named with it, so that it is not among the known ones.
+            named = {
+                f"{name}{':' * bool(spec)}{spec}{conversion or ''}"
+                for _, name, spec, conversion in parsed
+                if name is not None
+            }
             if not named <= _PIECES[piece]:
                 raise ConfigError(
                     f"{here}: {piece}: expected fields among {sorted(_PIECES[piece])}, got {sorted(named)}"

@@ -147,6 +147,8 @@ def _comparison(found: Comparison) -> str:
     blocks = [
         f"# {found.second} against {found.first}",
         f"- protocol: {found.protocol}\n- labels: {found.labels}",
+        "\n".join(f"- {name}: {first} against {second}" for name, (first, second) in found.told.items())
+        or "- the same model and settings",
     ]
     for folder, names in ((found.first, found.only_first), (found.second, found.only_second)):
         if names:
