@@ -246,7 +246,7 @@ class _Reader:
                 self.torn.append(path.name)  # its writer was killed; the item is missing and will be asked again
                 return
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode())
             except ValueError as error:
                 raise DataError(
                     "row-not-json", f"expected an answer in JSON, got {error}; delete the line and resume the run",

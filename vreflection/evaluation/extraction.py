@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 from .harness_rules import lmms_eval, vlmevalkit
 from .records import LETTERS
@@ -49,7 +50,7 @@ def strict(text: str, options: Sequence[str], benchmark: str = "") -> str | None
     so, and the same.
     """
     lines = [line for line in map(_plain, inside_answer(text).splitlines()) if line]
-    texts = [_folded(_plain(option)) for option in options]
+    texts = _option_texts(tuple(options))
     whole = _folded(" ".join(lines))
     letters = {LETTERS[texts.index(whole)]} if whole and texts.count(whole) == 1 else set()
     if len(lines) <= 8:  # an answer of more lines is prose
@@ -57,6 +58,11 @@ def strict(text: str, options: Sequence[str], benchmark: str = "") -> str | None
         if said and None not in said:
             letters.update(filter(None, said))
     return letters.pop() if len(letters) == 1 and letters <= set(LETTERS[: len(options)]) else None
+
+
+@lru_cache(maxsize=4096)
+def _option_texts(options: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(_folded(_plain(option)) for option in options)
 
 
 def _line_letter(line: str, texts: Sequence[str]) -> str | None:
