@@ -13,7 +13,7 @@ def main() -> None:
     import typer
 
     from ..errors import CheckpointError, ConfigError, DataError, TrainingError
-    from . import convert, data, eval, info, quickstart, train
+    from . import ablate, convert, data, eval, info, quickstart, train
 
     app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
     app.command("quickstart")(quickstart.command)
@@ -21,6 +21,7 @@ def main() -> None:
     app.command("convert")(convert.command)
     app.add_typer(data.app, name="data")
     app.add_typer(eval.app, name="eval")
+    app.command("ablate")(ablate.command)
     app.command("info")(info.command)
     try:
         app()

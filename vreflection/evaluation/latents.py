@@ -34,6 +34,40 @@ def swap_partners(samples: Sequence[Sample]) -> list[int]:
     return partners
 
 
+def latent_shape(latents_BND: torch.Tensor) -> dict[str, list[float]]:
+    """What latents of many questions are like, per step.
+
+    Args:
+        latents_BND: `(questions, N, D)`.
+
+    Returns:
+        `norm`: mean length. `rank_over_questions`: effective rank (exponential of the entropy of the normalised squared
+        singular values; Roy and Vetterli 2007) of a step's latents about their mean, at most the number of questions
+        less one. `next_cosine`: with the step after, N - 1 values. `first_cosine`: with the first step, N - 1 values.
+        `mean_cosine`: of a latent with the step's mean over questions; near 1 where all questions get the same.
+        `rank_over_steps`: effective rank of one question's N latents, a single mean.
+    """
+    z = latents_BND.float()
+    cosine = torch.nn.functional.cosine_similarity
+    return {
+        "norm": z.norm(dim=-1).mean(0).tolist(),
+        "rank_over_questions": [effective_rank(step - step.mean(0)) for step in z.unbind(1)],
+        "next_cosine": cosine(z[:, :-1], z[:, 1:], dim=-1).mean(0).tolist(),
+        "first_cosine": cosine(z[:, :1], z[:, 1:], dim=-1).mean(0).tolist(),
+        "mean_cosine": cosine(z, z.mean(0, keepdim=True), dim=-1).mean(0).tolist(),
+        "rank_over_steps": [float(np.mean([effective_rank(one) for one in z]))],
+    }
+
+
+def effective_rank(rows: torch.Tensor) -> float:
+    """Of a matrix `(n, D)`; zero for a matrix of zeros."""
+    energy = torch.linalg.svdvals(rows.double()) ** 2
+    if not float(energy.sum()):
+        return 0.0
+    share = energy / energy.sum()
+    return float(torch.exp(-torch.xlogy(share, share).sum()))
+
+
 def box_mask(box: Sequence[float], height: int, width: int) -> np.ndarray:
     """Tokens a box covers under the window rule, `(h, w)` bool."""
     grid = [[height * MERGE_SIZE, width * MERGE_SIZE]]
@@ -43,12 +77,12 @@ def box_mask(box: Sequence[float], height: int, width: int) -> np.ndarray:
     return mask
 
 
-def grounding(maps: Sequence[torch.Tensor], boxes: Sequence[Sequence[float]]) -> dict[str, float]:
+def grounding(maps: Sequence[torch.Tensor], boxes: Sequence[Sequence]) -> dict[str, float]:
     """Attention inside gold boxes, averaged over questions.
 
     Args:
         maps: attention `(Q, h, w)` per question, rows summing to one; averaged over Q first.
-        boxes: one normalised box per question.
+        boxes: per question one normalised box, or several whose tokens count together.
 
     Returns:
         `mass`: share of attention on the box's tokens. `iou`: overlap of the box's tokens with as many top tokens.
@@ -57,7 +91,7 @@ def grounding(maps: Sequence[torch.Tensor], boxes: Sequence[Sequence[float]]) ->
     mass, iou, uniform = [], [], []
     for attention, box in zip(maps, boxes, strict=True):
         mean = attention.float().mean(0).numpy()
-        inside = box_mask(box, *mean.shape)
+        inside = np.any([box_mask(one, *mean.shape) for one in np.atleast_2d(np.asarray(box))], axis=0)
         size = int(inside.sum())
         top = np.zeros(mean.size, dtype=bool)
         top[np.argsort(mean.ravel())[::-1][:size]] = True

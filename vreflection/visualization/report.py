@@ -61,7 +61,7 @@ def render_report(metrics: dict[str, Any], images: Mapping[str, Image.Image]) ->
         "attribution_keys": _union_of_keys(metrics["attributions"]),
         "total_seconds": sum(timing["seconds"] for timing in metrics["timings"]),
     }
-    return _environment().get_template("report.html.j2").render(page)
+    return page_environment().get_template("report.html.j2").render(page)
 
 
 def write_report(metrics: dict[str, Any], images: Mapping[str, Image.Image], path: str | os.PathLike[str]) -> Path:
@@ -81,7 +81,8 @@ def write_report(metrics: dict[str, Any], images: Mapping[str, Image.Image], pat
     return path
 
 
-def _environment():
+def page_environment():
+    """Templates of this folder, escaped, with the number formats of `svg` as filters."""
     from jinja2 import Environment, FunctionLoader, StrictUndefined
 
     folder = resources.files("vreflection.visualization")

@@ -1,0 +1,312 @@
+"""Interventions do what they say, to the questions they reach, and a stopped ablation goes on."""
+
+import json
+import math
+import re
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from vreflection.cli import main
+from vreflection.engine.decoder import LatentDecoder
+from vreflection.errors import CheckpointError, ConfigError
+from vreflection.evaluation import ablation
+from vreflection.evaluation.ablation import Ablation, answer_places
+from vreflection.evaluation.ablation_run import AblationSettings, benchmark_questions, run_ablation
+from vreflection.evaluation.ablation_summary import mean_interval, sentences, summarize
+from vreflection.evaluation.asking import load_processor
+from vreflection.evaluation.interventions import (
+    REPLACED,
+    SLOTS,
+    Intervention,
+    chosen_interventions,
+    partners_of,
+    replaced_latents,
+    with_span_length,
+)
+from vreflection.evaluation.latents import effective_rank, latent_shape
+from vreflection.evaluation.protocol import load_protocol
+from vreflection.evaluation.run import EvalSettings, load_model
+from vreflection.visualization.ablation_page import render_ablation
+
+
+@pytest.fixture(scope="module")
+def asked(checkpoint, demo_root, short, tmp_path_factory):
+    def make(out, benchmark="vstar", **changes):
+        return EvalSettings(
+            model=str(checkpoint), benchmarks=(benchmark,), out=out, data_root=demo_root, protocol=str(short),
+            allow_other_counts=True, batch_size=3, **changes,
+        )  # fmt: skip
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def lab(asked, short, checkpoint, tmp_path_factory):
+    """The tiny checkpoint, its processor, and the questions of the demo V*."""
+    settings = asked(tmp_path_factory.mktemp("ablation"))
+    protocol = load_protocol(settings.protocol)
+    processor = load_processor(checkpoint, protocol)
+    return load_model(checkpoint, settings), processor, benchmark_questions(settings, protocol, processor)
+
+
+def ablate(lab, folder, interventions, **settings):
+    model, processor, questions = lab
+    return Ablation(model, processor, questions, interventions, folder, batch=3, **settings)
+
+
+SAME = Intervention("steps_3", "as trained", SLOTS, steps=3)  # the tiny model's own number
+
+
+def test_an_intervention_that_changes_nothing_has_no_divergence(lab, tmp_path, monkeypatch):
+    monkeypatch.setattr(ablation, "replaced_latents", lambda name, own, *rest: own)
+    own, changed, latents = ablate(lab, tmp_path, [REPLACED["zero"], SAME]).run()
+    assert latents is not None and len(latents) == sum(bool(row["spans"]) for row in own) > 0
+    for row, after in zip(own, changed, strict=True):
+        for name in ("zero", "steps_3"):
+            assert after[name]["text"] == row["text"] and abs(after[name]["kl"]) < 1e-5
+
+
+def test_interventions_reach_the_answer_or_say_that_they_cannot(lab, tmp_path):
+    model, processor, questions = lab
+    names = [*REPLACED.values(), Intervention("steps_1", "one", SLOTS, steps=1)]
+    own, changed, latents = ablate(lab, tmp_path, names).run()
+    reached = [bool(row["spans"]) for row in own]
+    assert any(reached)
+    decoder = LatentDecoder(model, max_batch_size=1)
+    for index, (row, after) in enumerate(zip(own, changed)):
+        assert set(after) == {"id", *(one.name for one in names)} and after["id"] == row["id"] == questions[index].id
+        hidden = decoder.generate(
+            [questions[index].prompt()], hide_images=True, do_sample=False, max_new_tokens=9, repetition_penalty=1.0
+        )[0]
+        ids = [t for t, inside in zip(hidden.tokens, hidden.latent) if not inside]
+        assert after["image"]["text"] == processor.decode(ids, skip_special_tokens=False)
+        for name in ("zero", "noise", "swap", "repeat", "skip", "steps_1"):
+            if not row["spans"]:
+                kept = {key: row[key] for key in ("text", "answer", "correct", "spans", "closed")}
+                assert after[name] == {**kept, "kl": 0.0}
+    changed_at_all = {
+        name: max(after[name]["kl"] for after, hit in zip(changed, reached) if hit)
+        for name in ("zero", "noise", "swap", "repeat", "skip", "steps_1", "image")
+    }
+    assert all(value > 1e-6 for value in changed_at_all.values()), changed_at_all
+
+
+def test_latents_are_those_that_were_consumed(lab, tmp_path):
+    """The zeroed run, decoded by hand."""
+    model, processor, questions = lab
+    own, changed, _ = ablate(lab, tmp_path, [REPLACED["zero"]]).run()
+    decoder = LatentDecoder(model, max_batch_size=1)
+    for index, row in enumerate(own):
+        if not row["spans"]:
+            continue
+        zeros = torch.zeros(model.config.num_latent_tokens, model.config.hidden_width)
+        answer = decoder.generate(
+            [questions[index].prompt()], latents=zeros, do_sample=False, max_new_tokens=9, repetition_penalty=1.0
+        )[0]
+        ids = [t for t, inside in zip(answer.tokens, answer.latent) if not inside]
+        assert changed[index]["zero"]["text"] == processor.decode(ids, skip_special_tokens=False)
+
+
+def test_a_stopped_ablation_goes_on_and_a_damaged_part_is_refused(lab, tmp_path, monkeypatch):
+    names = [REPLACED["zero"], REPLACED["swap"], REPLACED["image"]]
+    whole = ablate(lab, tmp_path / "whole", names).run()
+    stopped = ablate(lab, tmp_path / "stopped", names)
+    made, original = [], Ablation._changed
+
+    def second_time(self, *args):
+        if made:
+            raise KeyboardInterrupt
+        made.append(1)
+        return original(self, *args)
+
+    monkeypatch.setattr(Ablation, "_changed", second_time)
+    with pytest.raises(KeyboardInterrupt):
+        stopped.run()
+    monkeypatch.undo()
+    parts = sorted((tmp_path / "stopped" / "parts").iterdir())
+    assert not [part for part in parts if part.name.startswith(".")]
+    times = {part.name: part.stat().st_mtime_ns for part in parts}
+    again = ablate(lab, tmp_path / "stopped", names).run()
+    assert again[0] == whole[0] and again[1] == whole[1] and torch.equal(again[2], whole[2])
+    assert {part.name: part.stat().st_mtime_ns for part in parts} == times
+    parts[0].write_text("[{")
+    with pytest.raises(CheckpointError, match="not a whole part .*; remove it"):
+        ablate(lab, tmp_path / "stopped", names).run()
+
+
+def test_the_command_on_a_benchmark(asked, tmp_path, monkeypatch, capsys, checkpoint, demo_root, short):
+    words = ["vreflection", "ablate", "--model", checkpoint, "--benchmark", "vstar", "--data-root", demo_root]
+    words += ["--protocol", short, "--allow-other-counts", "--out", tmp_path / "out", "--batch-size", "3"]
+
+    def call(*more):
+        monkeypatch.setattr(sys, "argv", [str(word) for word in [*words, *more]])
+        try:
+            main()
+            code = 0
+        except SystemExit as ended:
+            code = ended.code or 0
+        return code, capsys.readouterr()
+
+    code, said = call()
+    assert code == 0 and "| own" not in said.out and "the model's own latents" in said.out
+    result = json.loads((tmp_path / "out" / "ablation.json").read_text())
+    names = [row["name"] for row in result["summary"]["interventions"]]
+    assert names == ["own", "zero", "noise", "swap", "repeat", "skip", "image", "steps_1", "steps_6"]
+    grounding = result["summary"]["grounding"]
+    assert 0 < grounding["mass"]["value"] < 1 and grounding["mass"]["n"] == result["summary"]["opened"]
+    page = (tmp_path / "out" / "ablation.html").read_text()
+    assert (
+        "image hidden after the prompt" in page
+        and "Logit lens" in page
+        and "http" not in page.replace("http-equiv", "")
+    )
+    code, said = call("--seed", "1")
+    assert code == 2 and "holds an ablation with other settings: seed: 0 then, 1 now" in said.err
+    code, said = call("--json")
+    assert code == 0 and json.loads(said.out) == result
+    for flags, message in (
+        (("--interventions", "zero,blur"), "expected some of zero, noise, .*got blur"),
+        (("--steps", "1,x"), "expected whole numbers"),
+        (("--rows", "x.json"), "got both"),
+    ):
+        code, said = call("--out", tmp_path / "bad", *flags)
+        assert code == 2 and not (tmp_path / "bad").exists()
+        assert re.search(message, said.err)
+
+
+def test_rows_of_ones_own(tiny, checkpoint, tmp_path):
+    from PIL import Image
+
+    rows = []
+    for n, word in enumerate(("red", "blue", "red")):
+        image = np.random.default_rng(n).integers(0, 256, (56, 84, 3), dtype=np.uint8)
+        Image.fromarray(image).save(tmp_path / f"{n}.png")
+        rows.append(
+            {
+                "question_id": str(n), "image": [f"{n}.png"], "bboxes": [[0.1, 0.1, 0.6, 0.6]],
+                "conversations": [
+                    {"from": "human", "value": "<image>\nwhich?"},
+                    {"from": "gpt", "value": f"<lvr>\n<answer> {word} </answer>"},
+                ],
+            }
+        )  # fmt: skip
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    settings = AblationSettings(
+        EvalSettings(model=str(checkpoint), benchmarks=(), out=tmp_path / "out", force_latent=True, limit=2),
+        rows=tmp_path / "rows.json",
+        image_folder=tmp_path,
+        interventions=["swap"],
+    )
+    result = run_ablation(settings)
+    assert result["summary"]["n"] == result["summary"]["opened"] == 2
+    assert result["summary"]["grounding"]["mass"]["n"] == 2
+    assert [row["name"] for row in result["summary"]["interventions"]] == ["own", "swap"]
+
+
+def test_what_applies_to_a_stage(tiny):
+    latent, filler, plain = (tiny.model(stage).config for stage in ("stage2", "filler", "sft"))
+    assert [one.name for one in chosen_interventions(None, None, latent)][-2:] == ["steps_1", "steps_6"]
+    names = [one.name for one in chosen_interventions(None, [3, 5], filler)]
+    assert names == ["zero", "noise", "skip", "image", "steps_5"]
+    assert [one.name for one in chosen_interventions(None, None, plain)] == ["image"]
+    with pytest.raises(ConfigError, match="swap would change nothing: .* 'filler' feeds every latent position the"):
+        chosen_interventions(["swap", "zero"], None, filler)
+    with pytest.raises(ConfigError, match="zero, steps would change nothing: .*'sft' has no latent positions"):
+        chosen_interventions(["zero", "steps"], None, plain)
+    with pytest.raises(ConfigError, match="steps: expected at least 1"):
+        chosen_interventions(["steps"], [0, 4], latent)
+
+
+def test_replaced_latents():
+    own = torch.arange(1.0, 13.0).view(3, 4)
+    noise = replaced_latents("noise", own, None, 0, "q")
+    torch.testing.assert_close(noise.norm(dim=-1), own.norm(dim=-1))
+    assert torch.equal(noise, replaced_latents("noise", own, None, 0, "q"))
+    assert not torch.equal(noise, replaced_latents("noise", own, None, 0, "r"))
+    assert not torch.equal(noise, replaced_latents("noise", own, None, 1, "q"))
+    assert torch.equal(replaced_latents("repeat", own, None, 0, "q"), own[[0, 0, 0]])
+    assert not replaced_latents("zero", own, None, 0, "q").any()
+
+
+def test_partners_have_another_answer_on_another_image():
+    usable = [True, True, True, False, True]
+    assert partners_of("ABBAA", ["1", "1", "2", "3", "2"], usable) == [2, 4, 0, None, 1]
+    with pytest.raises(ConfigError, match="question 1 of 2 has none"):
+        partners_of("AA", ["1", "2"], [True, True])
+
+
+def test_spans_of_another_length():
+    tokens, latent = [7, 1, 2, 2, 3, 9, 1, 2], [False, False, True, True, False, False, False, True]
+    assert with_span_length(tokens, latent, 3, 2, 1) == (
+        [7, 1, 2, 2, 2, 3, 9, 1, 2, 2, 2],
+        [False, False, True, True, True, False, False, False, True, True, True],
+    )
+    assert with_span_length(tokens, latent, 0, 2, 1) == ([7, 1, 3, 9, 1], [False] * 5)
+
+
+def test_answer_places(tiny):
+    processor = tiny.processor()
+
+    def places(text):
+        ids = processor.encode_text(text)
+        return [processor.decode([ids[place]], skip_special_tokens=False) for place in answer_places(ids, processor)]
+
+    assert "".join(places("<|lvr_start|><|lvr_end|>so <answer> B </answer>")).strip() == "B"
+    assert "".join(places("<|lvr_start|><|lvr_end|>B<|im_end|>")) == "B"
+    assert "".join(places("because <|lvr_start|><|lvr_end|>it is C")) == "it is C"
+    assert places("<|lvr_start|>") == ["<|lvr_start|>"]
+
+
+def test_effective_rank_and_shape():
+    assert effective_rank(torch.eye(4)) == pytest.approx(4)
+    assert effective_rank(torch.ones(4, 3)) == pytest.approx(1)
+    assert effective_rank(torch.zeros(3, 3)) == 0
+    assert effective_rank(torch.diag(torch.tensor([2.0, 1.0]))) == pytest.approx(
+        math.exp(-(0.8 * math.log(0.8) + 0.2 * math.log(0.2)))
+    )
+    latents = torch.zeros(2, 3, 4)
+    latents[:, 0, 0], latents[:, 1, 0], latents[:, 2, 1] = 3.0, 4.0, 5.0
+    latents[1, 2] = torch.tensor([0.0, -5.0, 0.0, 0.0])
+    shape = latent_shape(latents)
+    assert shape["norm"] == [3, 4, 5] and shape["next_cosine"] == [1, 0] and shape["first_cosine"] == [1, 0]
+    assert shape["mean_cosine"] == [1, 1, 0] and shape["rank_over_questions"] == [0, 0, 1]
+
+
+def fake(correct, spans=1, kl=0.0, lens=True):
+    row = {"id": "1", "group": "1", "gold": "A", "text": "A", "answer": "A" if correct else None, "correct": correct}
+    row |= {"spans": spans, "closed": bool(spans), "text_norm": 2.0, "kl": kl}
+    if lens:
+        row["lens"] = [{"ids": [4, 5], "chances": [0.5, 0.25], "entropy": 1.0}]
+    return row
+
+
+def test_summary_by_hand():
+    own = [{**fake(n < 6), "id": str(n), "group": str(n)} for n in range(8)]
+    own[7] |= {"spans": 0, "closed": False}
+    own[7].pop("lens")
+    zero = [{"id": str(n), "zero": fake(n < 1, kl=float(n))} for n in range(8)]
+    shape = latent_shape(torch.randn(7, 1, 4))
+    found = summarize(own, zero, [REPLACED["zero"]], shape, lambda token: f"t{token}")
+    first, second = found["interventions"]
+    assert first["accuracy"]["correct"] == 6 and second["accuracy"]["correct"] == 1
+    assert second["against_own"]["first_only"] == 5 and second["against_own"]["p"] == pytest.approx(2 / 2**5)
+    assert second["changed_answers"] == 5 / 8 and second["unparsed"] == 7 / 8
+    assert (
+        second["kl"]["value"] == 3.5
+        and found["opened"] == 7
+        and found["latents"]["lens"][0]["top"] == [{"token": "t4", "share": 1.0}]
+    )
+    assert mean_interval([1.0])["low"] is None
+    told = " ".join(sentences(found))
+    assert "does not measurably change accuracy, -62.5 points" in told and "the answers do not need them" in told
+    result = {
+        "schema": 1, "model": "<m>", "stage": "stage2", "source": "x", "protocol": None, "forced": False,
+        "versions": {"vreflection": "0", "torch": "2"}, "summary": found, "sentences": sentences(found),
+    }  # fmt: skip
+    page = render_ablation(result)
+    assert "&lt;m&gt;" in page and "<m>" not in page
+    with pytest.raises(ValueError, match="schema 1, got 2"):
+        render_ablation({**result, "schema": 2})

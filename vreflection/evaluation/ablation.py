@@ -1,0 +1,324 @@
+"""Does the latent do anything? The same questions with the latents changed, replaced, left out; what they are like.
+
+In two passes: what the model says and feeds back by itself, then the interventions, of which `swap` needs the first
+pass whole. Every part of either is a file that appears whole, so that an interrupted run goes on.
+
+Shape suffixes: N latents per span, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+
+from ..data.atomic import atomic_write
+from ..engine.decoder import LatentDecoder
+from ..engine.requests import Generation, Prompt
+from ..errors import CheckpointError
+from ..model.modeling import VReflectionForConditionalGeneration
+from ..model.processor import VReflectionProcessor
+from ..ops.regions import MERGE_SIZE
+from .forced import ForcedScorer, GivenAnswer
+from .interventions import OWN, Intervention, partners_of, replaced_latents, with_span_length
+from .latents import grounding
+from .questions import extract_answer
+
+LENS = 5  # tokens kept per latent step
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question as an ablation sees it.
+
+    Attributes:
+        id, group: as in `Item`. image: key of its images. gold: right answer. boxes: gold boxes on the first image.
+        prompt: makes the prompt, images and all. read: from the answer's text to what is compared with `gold`.
+        max_new_tokens: limit of the answer, latent positions not counted.
+    """
+
+    id: str
+    group: str
+    image: str
+    gold: str
+    boxes: tuple[tuple[float, float, float, float], ...]
+    prompt: Callable[[], Prompt]
+    read: Callable[[str], str | None]
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """Runs interventions on one model.
+
+    Args:
+        folder: where parts go. batch: questions in a part, and rows decoded together. force: start every answer with a
+            span, whatever the model does by itself.
+    """
+
+    model: VReflectionForConditionalGeneration
+    processor: VReflectionProcessor
+    questions: Sequence[Question]
+    interventions: Sequence[Intervention]
+    folder: Path
+    batch: int = 8
+    force: bool = False
+    seed: int = 0
+    on_progress: Progress | None = None
+
+    def run(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]], torch.Tensor | None]:
+        """Rows of both passes, in the questions' order, and the first spans' latents `(spans opened, N, D)`."""
+        (self.folder / "parts").mkdir(parents=True, exist_ok=True)
+        decoder = LatentDecoder(self.model, max_batch_size=self.batch, image_cache=self.batch)
+        own: list[dict[str, Any]] = []
+        held: list[torch.Tensor | None] = []
+        for chunk, name in self._chunks(OWN):
+            rows, latents = self._part(decoder, name, lambda chunk=chunk: self._own(decoder, chunk))
+            own += rows
+            held += [latents.get(str(place)) for place in range(len(rows))]
+            self._tell(OWN, len(own))
+        partners: list[int | None] = [None] * len(own)
+        if any(one.name == "swap" for one in self.interventions):
+            golds, images = [q.gold for q in self.questions], [q.image for q in self.questions]
+            partners = partners_of(golds, images, [z is not None for z in held])
+        changed: list[dict[str, Any]] = []
+        for chunk, name in self._chunks("changed"):
+            given = [None if (j := partners[i]) is None else held[j] for i in chunk]
+            changed += self._part(
+                decoder, name, lambda c=chunk, g=given: (self._changed(decoder, c, own, held, g), {})
+            )[0]
+            self._tell("interventions", len(changed))
+        opened = [z for z in held if z is not None]
+        return own, changed, torch.stack(opened) if opened else None
+
+    def _tell(self, phase: str, done: int) -> None:
+        if self.on_progress is not None:
+            self.on_progress(phase, done, len(self.questions))
+
+    def _chunks(self, kind: str) -> Iterator[tuple[range, str]]:
+        for start in range(0, len(self.questions), self.batch):
+            yield range(start, min(start + self.batch, len(self.questions))), f"{kind}-{start:06d}"
+
+    def _part(
+        self,
+        decoder: LatentDecoder,
+        name: str,
+        make: Callable[[], tuple[list[dict[str, Any]], dict[str, torch.Tensor]]],
+    ):
+        """A part's rows and tensors: from its files, or made now. The rows' file comes last: it stands for both."""
+        rows_file, tensors_file = (self.folder / "parts" / f"{name}{ending}" for ending in (".json", ".safetensors"))
+        if not rows_file.exists():
+            decoder.forget()  # what earlier parts left to share would move last digits
+            rows, tensors = make()
+            if tensors:
+                with atomic_write(tensors_file) as file:
+                    file.write(save(tensors))
+            with atomic_write(rows_file) as file:
+                file.write(json.dumps(rows, ensure_ascii=False).encode())
+        try:
+            rows = json.loads(rows_file.read_text(encoding="utf-8"))
+            tensors = load_file(tensors_file) if tensors_file.exists() else {}
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{rows_file}: not a whole part ({error}); remove it, it will be made again"
+            ) from None
+        return rows, tensors
+
+    # First pass
+
+    @torch.no_grad()
+    def _own(self, decoder: LatentDecoder, chunk: range) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
+        prompts = [self._encoded(self.questions[i]) for i in chunk]
+        requests = [self._request(decoder, self.questions[i], prompt) for i, prompt in zip(chunk, prompts)]
+        rows, tensors = [], {}
+        for place, answer in enumerate(decoder.generate(requests)):
+            question = self.questions[chunk[place]]
+            row = {"id": question.id, "group": question.group, "gold": question.gold, **self._said(question, answer)}
+            row |= {"tokens": answer.tokens, "latent": answer.latent, "text_norm": self._text_norm(answer)}
+            if answer.latents is not None and len(answer.latents):
+                tensors[str(place)] = answer.latents[0].float().cpu().contiguous()
+                row["lens"] = self._lens(answer.latents[0])
+                if question.boxes and self.model.config.traits.student and answer.probes is not None:
+                    row["grounding"] = self._grounding(question, prompts[place], answer.probes[0])
+            rows.append(row)
+        return rows, tensors
+
+    def _encoded(self, question: Question) -> Prompt:
+        """The prompt with its visual tokens computed: every intervention needs them."""
+        prompt = question.prompt()
+        if prompt.pixel_values is None:
+            return prompt
+        device = self.model.device
+        with torch.no_grad():
+            tokens = self.model.visual_tokens(prompt.pixel_values.to(device), prompt.image_grid_thw.to(device))  # pyright: ignore
+        return replace(prompt, pixel_values=None, image_features=tokens)
+
+    def _request(self, decoder: LatentDecoder, question: Question, prompt: Prompt, **changes):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="decoding with .* latent steps")  # on purpose
+            return decoder.request(
+                prompt, allow_other_latent_steps=True, force_latent=self.force, seed=0, do_sample=False,
+                repetition_penalty=1.0, max_new_tokens=question.max_new_tokens, return_latents=True, **changes,
+            )  # fmt: skip
+
+    def _said(self, question: Question, answer: Generation) -> dict[str, Any]:
+        ids = [token for token, inside in zip(answer.tokens, answer.latent, strict=True) if not inside]
+        special = self.processor.token_ids
+        starts = [place for place, token in enumerate(ids) if token == special.lvr_start]
+        text = self.processor.decode(ids, skip_special_tokens=False)
+        read = question.read(text)
+        return {
+            "text": text,
+            "answer": read,
+            "correct": read == question.gold,
+            "spans": len(starts),
+            "closed": bool(starts) and all(ids[place + 1 : place + 2] == [special.lvr_end] for place in starts),
+        }
+
+    @staticmethod
+    def _text_norm(answer: Generation) -> float | None:
+        """Mean norm of the hidden states that gave text."""
+        if answer.step_hidden is None:
+            return None
+        text = torch.tensor([not inside for inside in answer.latent], device=answer.step_hidden.device)
+        return float(answer.step_hidden[text].float().norm(dim=-1).mean())
+
+    def _lens(self, latents_ND: torch.Tensor) -> list[dict[str, Any]]:
+        """Per step, what the vocabulary projection makes of a latent: likeliest tokens, and entropy in nats."""
+        head = self.model.get_output_embeddings()
+        logits = head(latents_ND.to(head.weight)).float()
+        chances = logits.softmax(-1)
+        top = chances.topk(min(LENS, chances.shape[-1]))
+        entropy = -(chances * logits.log_softmax(-1)).sum(-1)
+        return [
+            {"ids": ids, "chances": [round(c, 6) for c in values], "entropy": float(h)}
+            for ids, values, h in zip(top.indices.tolist(), top.values.tolist(), entropy)
+        ]
+
+    def _grounding(self, question: Question, prompt: Prompt, probes_ND: torch.Tensor) -> dict[str, float]:
+        """Where the student looks with the probes of this answer, against the gold boxes."""
+        grid = prompt.image_grid_thw[0]  # pyright: ignore[reportOptionalSubscript]
+        height, width = int(grid[1]) // MERGE_SIZE, int(grid[2]) // MERGE_SIZE
+        tokens = prompt.image_features[: height * width]  # pyright: ignore[reportOptionalSubscript]
+        student = self.model.student_resampler
+        dtype = next(student.parameters()).dtype
+        _, maps = student(
+            probes_ND[None].to(self.model.device, dtype), tokens.to(self.model.device, dtype), [[height, width]], [0],
+            return_attention=True,
+        )  # fmt: skip
+        return grounding([maps[0].cpu()], [question.boxes])
+
+    # Second pass
+
+    @torch.no_grad()
+    def _changed(
+        self,
+        decoder: LatentDecoder,
+        chunk: range,
+        all_own: Sequence[dict[str, Any]],
+        all_held: Sequence[torch.Tensor | None],
+        partners: Sequence[torch.Tensor | None],
+    ) -> list[dict[str, Any]]:
+        own, held = [all_own[i] for i in chunk], [all_held[i] for i in chunk]
+        prompts = [self._encoded(self.questions[i]) for i in chunk]
+        wanted: list[tuple[int, Intervention, torch.Tensor | None]] = []
+        for place, (row, latents) in enumerate(zip(own, held)):
+            for one in self.interventions:
+                if one.own_latents:
+                    if one.hide_images or row["spans"]:
+                        wanted.append((place, one, None))
+                elif latents is not None:
+                    given = replaced_latents(one.name, latents, partners[place], self.seed, row["id"])
+                    wanted.append((place, one, given))
+        requests = [
+            self._request(
+                decoder, self.questions[chunk[place]], prompts[place], latents=given, latent_steps=one.steps,
+                hide_images=one.hide_images,
+            )
+            for place, one, given in wanted
+        ]  # fmt: skip
+        # What an intervention cannot reach stays as it was.
+        rows = [{"id": row["id"], **{one.name: {**_kept(row), "kl": 0.0} for one in self.interventions}} for row in own]
+        answers = decoder.generate(requests)
+        for (place, one, _), answer in zip(wanted, answers):
+            rows[place][one.name] = self._said(self.questions[chunk[place]], answer)
+        scorer = ForcedScorer(self.model)
+        for place, row in enumerate(own):
+            mine = [(one, given, answer) for (p, one, given), answer in zip(wanted, answers) if p == place]
+            for (one, _, _), value in zip(mine, self._divergences(scorer, prompts[place], row, held[place], mine)):
+                rows[place][one.name]["kl"] = value
+        return rows
+
+    def _divergences(self, scorer: ForcedScorer, prompt, row, latents: torch.Tensor | None, mine) -> list[float]:
+        """Per intervention, the mean KL divergence (nats) of the next-token distributions at the answer's tokens.
+
+        The text so far is the model's own throughout. From what the model says by itself to what it would say.
+        """
+        if not mine:
+            return []
+        special, tokens, flags = self.processor.token_ids, row["tokens"], row["latent"]
+        nothing = torch.zeros(0, self.model.config.hidden_width)
+        own = nothing if latents is None else latents
+        given = [_given(tokens, flags, own)]
+        for one, replacement, answer in mine:
+            ids, inside, states = tokens, flags, own if replacement is None else replacement
+            if one.steps is not None:
+                ids, inside = with_span_length(tokens, flags, one.steps, special.lvr, special.lvr_start)
+            if one.own_latents and answer.latents is not None and len(answer.latents):
+                states = answer.latents[0].float().cpu()
+            given.append(_given(ids, inside, states, one.hide_images))
+        hidden = scorer.hidden(prompt, given)
+        places = answer_places([t for t, f in zip(tokens, flags) if not f], self.processor)
+        head = self.model.get_output_embeddings()
+        logs = []
+        for one, states in zip(given, hidden):
+            text = [place for place, inside in enumerate(one.latent) if not inside]
+            rows = states[[text[place] for place in places]]
+            logs.append(head(rows.to(head.weight)).float().log_softmax(-1))
+        found = [float((logs[0].exp() * (logs[0] - other)).sum(-1).mean()) for other in logs[1:]]
+        return [max(0.0, value) for value in found]  # rounding may leave a little less
+
+
+def _given(tokens: Sequence[int], latent: Sequence[bool], span_ND: torch.Tensor, hide_images: bool = False):
+    """An answer whose every span consumes the same latents, cut where the answer was cut."""
+    count = sum(latent)
+    spans = -(-count // max(len(span_ND), 1))
+    return GivenAnswer(tokens, latent, span_ND.repeat(spans, 1)[:count], hide_images)
+
+
+def _kept(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: row[key] for key in ("text", "answer", "correct", "spans", "closed")}
+
+
+def answer_places(ids: Sequence[int], processor: VReflectionProcessor) -> list[int]:
+    """Which of an answer's text tokens are its content: those inside the last `<answer>`, else all after the last span.
+
+    Never empty: without any, the last token.
+    """
+    special = processor.token_ids
+    ends = [place for place, token in enumerate(ids) if token == special.lvr_end]
+    first = ends[-1] + 1 if ends else 0
+    texts = [processor.decode(ids[: place + 1]) for place in range(len(ids))]
+    whole = texts[-1] if texts else ""
+    if extract_answer(whole):
+        start = whole.rindex("<answer>") + len("<answer>")
+        close = whole.find("</answer>", start)
+        stop = len(whole) if close < 0 else close
+        before = ["", *texts[:-1]]
+        inside = [
+            place
+            for place in range(first, len(ids))
+            if len(texts[place]) > start and len(before[place]) < stop and whole[start:stop].strip()
+            and texts[place][max(len(before[place]), start) : stop].strip()
+        ]  # fmt: skip
+        if inside:
+            return inside
+    rest = [place for place in range(first, len(ids)) if texts[place] != (texts[place - 1] if place else "")]
+    return rest or [max(len(ids) - 1, 0)]
