@@ -103,10 +103,11 @@ def test_unlike_runs_are_refused(tmp_path, changes, message):
 
 
 def with_protocol(folder, **changes):
-    """Change the protocol in a manifest's notes, under the same name and version."""
+    """A run asked with a protocol of one's own."""
     path = folder / "run.json"
     values = json.loads(path.read_text())
-    values["notes"]["protocol"] |= changes
+    values["notes"]["protocol"] |= {"name": "mine", **changes}
+    values["protocol"] = "mine@1"
     path.write_text(json.dumps(values))
     return folder
 
@@ -121,7 +122,9 @@ def with_protocol(folder, **changes):
     ],
 )
 def test_protocols_of_one_name_that_differ(tmp_path, changes, message):
-    a, b = write_run(tmp_path / "a", vstar("AAB")), with_protocol(write_run(tmp_path / "b", vstar("AAB")), **changes)
+    a = with_protocol(write_run(tmp_path / "a", vstar("AAB")))
+    b = with_protocol(write_run(tmp_path / "b", vstar("AAB")), **changes)
+    assert compare_runs(a, a).protocol == "mine@1"
     with pytest.raises(DataError, match=message):
         compare_runs(a, b)
     if "label_revision" in changes:

@@ -105,6 +105,12 @@ def test_a_file_of_ones_own(written):
     assert protocol.tag == "mine@3" and protocol.prompt(item()) == "{Which {colour}?}"
 
 
+def test_a_shipped_name_is_taken(written):
+    assert load_protocol(written()) == load_protocol("strict")
+    with pytest.raises(ConfigError, match=r"got one that differs in \['max_pixels'\]; give it a name of its own"):
+        load_protocol(written(max_pixels=5))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -30,7 +30,9 @@ def shares(part):
 
 def test_mmvp(tmp_path):
     part = scored(tmp_path, {"mmvp": RUNS.mmvp(MMVP)})["mmvp"]
-    assert shares(part) == {"individual": (4, 8), "pair": (1, 4)}
+    assert shares(part) == {
+        "individual": (4, 8), "pair": (1, 4), "individual, corrected labels": (2, 8), "pair, corrected labels": (0, 4)
+    }  # fmt: skip
     assert part.main is part.metrics[0]
     assert (part.metrics[0].low, part.metrics[0].groups) == (grouped_wilson([2, 1, 0, 1], [2, 2, 2, 2]).low, 4)
     assert part.metrics[1].low == wilson(1, 4).low
@@ -42,8 +44,8 @@ def test_mmvp(tmp_path):
 def test_corrected_labels(tmp_path):
     write_run(tmp_path, {"mmvp": RUNS.mmvp(["B", "A", *MMVP[2:]])})
     original, corrected = (score_run(tmp_path, labels=labels).benchmarks[0] for labels in ("original", "corrected"))
-    assert shares(original) == {"individual": (2, 8), "pair": (0, 4)}
-    assert shares(corrected) == {"individual": (4, 8), "pair": (1, 4)}
+    assert shares(original)["individual"] == shares(corrected)["individual, original labels"] == (2, 8)
+    assert shares(corrected)["pair"] == shares(original)["pair, corrected labels"] == (1, 4)
     assert score_run(tmp_path).labels == "original"
     assert score_run(write_run(tmp_path / "l", {"mmvp": RUNS.mmvp(MMVP)}, "lmms-eval")).labels == "corrected"
     with pytest.raises(ConfigError, match="labels: expected one of .*'original', 'corrected'.*, got 'new'"):
@@ -149,6 +151,24 @@ def test_a_protocol_that_asks_otherwise_is_refused(tmp_path):
         score_run(tmp_path, "no such")
 
 
+def test_a_shipped_name_is_only_for_what_is_shipped(tmp_path):
+    write_run(tmp_path, {"vstar": [answer("vstar", "1", "A")]})
+    values = json.loads((tmp_path / "run.json").read_text())
+    values["notes"]["protocol"]["extractor"] = "reference"
+    (tmp_path / "run.json").write_text(json.dumps(values))
+    with pytest.raises(
+        ConfigError, match=r"expected strict@1 as it is shipped, got one that differs in \['extractor'\]"
+    ):
+        score_run(tmp_path)
+    values["notes"]["protocol"]["version"] = 9
+    (tmp_path / "run.json").write_text(json.dumps(values | {"protocol": "strict@9"}))
+    with pytest.raises(
+        ConfigError, match="expected strict@1, got strict@9: .*use the release that has strict@9, or name --prot"
+    ):
+        score_run(tmp_path)
+    assert score_run(tmp_path, "strict").protocol == "strict@1"
+
+
 def test_missing_answers(tmp_path):
     rows = {"mmvp": RUNS.mmvp(MMVP)[:5], "vstar": [answer("vstar", "1", "A")]}
     write_run(tmp_path, rows, asked={"mmvp": 8, "vstar": 1})
@@ -157,7 +177,7 @@ def test_missing_answers(tmp_path):
     score = score_run(tmp_path, partial=True)
     assert (score.missing, score.expected) == (3, 9)
     part = score.benchmarks[0]
-    assert shares(part) == {"individual": (3, 5), "pair": (1, 2)} and part.incomplete_groups == 1
+    assert shares(part)["individual"] == (3, 5) and shares(part)["pair"] == (1, 2) and part.incomplete_groups == 1
     assert score_text(score).splitlines()[0].startswith("INCOMPLETE: 3 of 9 answers are missing")
     (tmp_path / "raw/vstar.jsonl").unlink()
     assert score_run(tmp_path, partial=True).benchmarks[1].missing == 1

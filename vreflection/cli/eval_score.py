@@ -104,7 +104,7 @@ def _bar_rows(part: BenchmarkScore) -> list[dict[str, Any]]:
             **{key: getattr(metric, key) for key in ("value", "low", "high", "n")},
         }
         for metric in part.metrics
-        if metric.kind != "rate"
+        if metric.kind != "rate" and not metric.name.endswith(" labels")
     ]
 
 

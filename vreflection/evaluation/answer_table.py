@@ -16,11 +16,12 @@ import numpy as np
 
 from ..errors import ConfigError, DataError
 from .extraction import Extractor
-from .protocol import Protocol, load_protocol, protocol_from
+from .protocol import LABEL_REVISIONS, Protocol, load_protocol, protocol_from
 from .raw_files import raw_files
 from .records import FORMAT, LETTERS, Manifest
 
 _REMEMBERED = 64  # characters; longer answers hardly repeat
+_CODE = {letter: code for code, letter in enumerate(LETTERS)}
 UNPARSED = -1  # letter code of an answer that does not parse
 _OPTIONAL = {"format", "notes"}
 _SAME_IN_ALL = ("protocol", "digest", "stage", "latents", "benchmarks", "generation", "pixels")
@@ -47,8 +48,8 @@ class AnswerTable:
 
     Attributes:
         expected: items the run was to ask.
-        predicted, gold: letter codes (0 is A; -1 in `predicted`: does not parse).
-        corrected: items whose gold letter differs between the label revisions.
+        predicted: letter codes (0 is A; -1: does not parse). golds: right letters' codes by label revision.
+        revision: the one that counts.
         groups: codes of the items' groups. labels: per key the items' codes and what the codes mean.
         options: number of options. facts: a value per item that differs where options, gold label or group differ.
         opened, closed: whether a latent span was opened, and whether each was closed.
@@ -59,8 +60,8 @@ class AnswerTable:
     expected: int
     ids: dict[str, int]
     predicted: np.ndarray
-    gold: np.ndarray
-    corrected: int
+    golds: Mapping[str, np.ndarray]
+    revision: str
     groups: np.ndarray
     labels: Mapping[str, tuple[np.ndarray, list[str]]]
     options: np.ndarray
@@ -82,6 +83,15 @@ class AnswerTable:
         return self.expected - self.n
 
     @property
+    def gold(self) -> np.ndarray:
+        return self.golds[self.revision]
+
+    @property
+    def corrected(self) -> int:
+        """Items whose gold letter differs between the label revisions."""
+        return int((self.golds["original"] != self.golds["corrected"]).sum())
+
+    @property
     def right(self) -> np.ndarray:
         return self.predicted == self.gold
 
@@ -92,11 +102,12 @@ class AnswerTable:
 
     def only(self, rows: np.ndarray) -> AnswerTable:
         """The items at these positions, in this order, with what a comparison needs of them."""
-        names = ("predicted", "gold", "groups", "options", "facts", "opened", "closed", "latent_steps")
+        names = ("predicted", "groups", "options", "facts", "opened", "closed", "latent_steps")
         kept = list(self.ids)
         return replace(
             self,
             ids={kept[row]: position for position, row in enumerate(rows.tolist())},
+            golds={revision: codes[rows] for revision, codes in self.golds.items()},
             labels={key: (codes[rows], values) for key, (codes, values) in self.labels.items()},
             **{name: getattr(self, name)[rows] for name in names},
         )
@@ -104,6 +115,10 @@ class AnswerTable:
     def with_answers(self, other: AnswerTable) -> AnswerTable:
         """These items with the answers of another table that holds the same items in the same order."""
         return replace(self, predicted=other.predicted)
+
+    def labelled(self, revision: str) -> AnswerTable:
+        """The same answers under another label revision."""
+        return replace(self, revision=revision)
 
     def values(self, key: str) -> list[str]:
         """What label `key` reads in these items, sorted."""
@@ -230,11 +245,20 @@ class _Reader:
         self.texts: list[int] = []  # hash of each row's text
         self.columns: dict[str, list[Any]] = {
             name: []
-            for name in ("predicted", "gold", "group", "labels", "options", "facts", "opened", "closed", "steps")
+            for name in (
+                *LABEL_REVISIONS,
+                "predicted",
+                "group",
+                "labels",
+                "options",
+                "facts",
+                "opened",
+                "closed",
+                "steps",
+            )
         }
         self.visual: list[int] = []
         self.reasons: Counter[str] = Counter()
-        self.corrected = 0
         self._groups: dict[str, int] = {}
         self._labels: dict[tuple, int] = {}
         self._options: dict[tuple, tuple] = {}  # one tuple per distinct set of options
@@ -281,24 +305,23 @@ class _Reader:
             return
         given = tuple(row["options"])
         options = self._options.setdefault(given, given)
-        gold = row["gold"]
-        original = gold["original"]
-        letter = gold.get(self.revision, original)
-        gold_code = LETTERS.index(letter)
-        if len(letter) != 1 or gold_code >= len(options):
-            raise ValueError(f"gold letter {letter!r} of {len(options)} options")
-        self.corrected += gold.get("corrected", original) != original
-        self._append(row, options, gold_code, original, self._letter(text, options))
+        original = row["gold"]["original"]
+        corrected = row["gold"].get("corrected", original)
+        for letter in (original, corrected):
+            if letter not in LETTERS[: len(options)] or len(letter) != 1:
+                raise ValueError(f"gold letter {letter!r} of {len(options)} options")
+        self._append(row, options, (original, corrected), self._letter(text, options))
         self.texts.append(hash(text))
 
-    def _append(self, row: dict[str, Any], options: tuple, gold: int, original: str, predicted: int) -> None:
+    def _append(self, row: dict[str, Any], options: tuple, golds: tuple[str, str], predicted: int) -> None:
         columns = self.columns
         columns["predicted"].append(predicted)
-        columns["gold"].append(gold)
+        columns["original"].append(_CODE[golds[0]])
+        columns["corrected"].append(_CODE[golds[1]])
         columns["group"].append(self._groups.setdefault(row["group"], len(self._groups)))
         columns["labels"].append(self._labels.setdefault(tuple(row["labels"].items()), len(self._labels)))
         columns["options"].append(len(options))
-        columns["facts"].append(hash((options, original, row["group"])))
+        columns["facts"].append(hash((options, golds, row["group"])))
         columns["opened"].append(row["spans"] > 0)
         columns["closed"].append(row["closed"])
         columns["steps"].append(row["latent_steps"])
@@ -326,7 +349,8 @@ class _Reader:
             labels[key] = (codes[combination], names)
         return AnswerTable(
             self.benchmark, expected, self.ids,
-            np.array(columns["predicted"], dtype=np.int8), np.array(columns["gold"], dtype=np.int8), self.corrected,
+            np.array(columns["predicted"], dtype=np.int8),
+            {revision: np.array(columns[revision], dtype=np.int8) for revision in LABEL_REVISIONS}, self.revision,
             np.array(columns["group"], dtype=np.int64), labels, np.array(columns["options"], dtype=np.int8),
             np.array(columns["facts"], dtype=np.int64), np.array(columns["opened"], dtype=bool),
             np.array(columns["closed"], dtype=bool), np.array(columns["steps"], dtype=np.int64),

@@ -121,7 +121,7 @@ def load_protocol(name_or_path: str | Path) -> Protocol:
     """
     text = str(name_or_path)
     if text.endswith((".yaml", ".yml")):
-        return _read(Path(text))
+        return genuine(_read(Path(text)), text)
     name, _, version = text.partition("@")
     if name not in PROTOCOLS:
         raise ConfigError(
@@ -130,8 +130,31 @@ def load_protocol(name_or_path: str | Path) -> Protocol:
     protocol = _read(FOLDER / f"{name}.yaml")
     if version and version != str(protocol.version):
         raise ConfigError(
-            f"protocol: expected {protocol.tag}, got {text}: this release reads answers another way; "
-            f"use the release that has {text}, or score with {name}"
+            f"protocol: expected {protocol.tag}, got {text}: this release asks or reads another way; "
+            f"use the release that has {text}, or name --protocol {name}"
+        )
+    return protocol
+
+
+def genuine(protocol: Protocol, where: str) -> Protocol:
+    """The protocol, if its name is not that of a shipped one that reads or asks otherwise.
+
+    Raises:
+        ConfigError: it goes by a shipped protocol's name, but is another version or differs.
+    """
+    if protocol.name not in PROTOCOLS:
+        return protocol
+    shipped = _read(FOLDER / f"{protocol.name}.yaml")
+    if protocol.version != shipped.version:
+        raise ConfigError(
+            f"{where}: expected {shipped.tag}, got {protocol.tag}: this release asks or reads another way; "
+            f"use the release that has {protocol.tag}, or name --protocol {protocol.name}"
+        )
+    if protocol != shipped:
+        differing = [f.name for f in fields(Protocol) if getattr(protocol, f.name) != getattr(shipped, f.name)]
+        raise ConfigError(
+            f"{where}: expected {shipped.tag} as it is shipped, got one that differs in {differing}; "
+            "give it a name of its own"
         )
     return protocol
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from ..errors import ConfigError, DataError
 from .answer_table import UNPARSED, AnswerTable, Run, open_run, read_answers
 from .extraction import EXTRACTORS
 from .metrics import GROUP_SIZE, Metric, complete_groups, metrics
-from .protocol import LABEL_REVISIONS, Protocol, load_protocol
+from .protocol import LABEL_REVISIONS, Protocol, genuine, load_protocol
 from .records import LETTERS
 from .statistics import Proportion, wilson
 
@@ -110,10 +110,11 @@ def scoring_protocol(run: Run, protocol: str | Path | Protocol | None) -> Protoc
     """The protocol to score a run with: its own, or another one that would have asked in the same way.
 
     Raises:
-        ConfigError: the other protocol would have asked differently (prompt, pixel range, token limit).
+        ConfigError: the other protocol would have asked differently (prompt, pixel range, token limit), or none is
+            given and the run's own is no longer what it was.
     """
     if protocol is None:
-        return run.protocol
+        return genuine(run.protocol, str(run.folder))
     chosen = protocol if isinstance(protocol, Protocol) else load_protocol(protocol)
     for benchmark in run.manifest.benchmarks:
         asked, would_ask = run.protocol.asking(benchmark), chosen.asking(benchmark)
@@ -187,7 +188,7 @@ def score_table(table: AnswerTable, protocol: Protocol) -> BenchmarkScore:
     every = np.ones(n, dtype=bool)
     groups = len(np.unique(table.groups))
     return BenchmarkScore(
-        table.benchmark, n, table.expected, protocol.headline.get(table.benchmark, ""), metrics(table),
+        table.benchmark, n, table.expected, protocol.headline.get(table.benchmark, ""), _both_labels(table),
         wilson(int((table.predicted == UNPARSED).sum()), n) if n else None,
         int((table.predicted >= table.options).sum()),
         _by_letter(table.gold), _by_letter(table.predicted[table.predicted != UNPARSED]),
@@ -198,6 +199,15 @@ def score_table(table: AnswerTable, protocol: Protocol) -> BenchmarkScore:
         groups, groups - len(complete_groups(table, every)) if table.benchmark in GROUP_SIZE else 0,
         table.corrected, table.torn, table.repeated,
     )  # fmt: skip
+
+
+def _both_labels(table: AnswerTable) -> list[Metric]:
+    """The metrics; where corrected labels differ, also those under the revision that does not count."""
+    found = metrics(table)
+    if table.corrected:
+        (other,) = set(LABEL_REVISIONS) - {table.revision}
+        found += [replace(metric, name=f"{metric.name}, {other} labels") for metric in metrics(table.labelled(other))]
+    return found
 
 
 def _by_letter(codes: np.ndarray) -> dict[str, int]:

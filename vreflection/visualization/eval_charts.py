@@ -7,10 +7,11 @@ from typing import Any
 
 from vreflection.visualization.svg import described, percent, tag, text
 
+_DARK = ("#6aa5ea", "#ec9a67", "#63c490", "#b893dd", "#d0b446", "#e08099")
 _STYLE = (
     "svg{background:#fff;font:13px system-ui,sans-serif}text{fill:#1d2733}.quiet{fill:#5b6776}"
     ".grid{stroke:#dfe4ea}.track{fill:#eef1f4}.bar{fill:#2f6db5}.whisker{stroke:#14202c;stroke-width:1.5}"
-    ".floor{stroke:#b3521e;stroke-width:2;stroke-dasharray:4 3}"
+    ".floor{stroke:#b3521e;stroke-width:2.5}.halo{stroke:#fff;stroke-width:5}"
     + "".join(
         f".s{i}{{stroke:{colour};fill:none;stroke-width:2;stroke-dasharray:{dash}}}.d{i}{{fill:{colour};stroke:{colour}}}"
         for i, (colour, dash) in enumerate(
@@ -19,7 +20,9 @@ _STYLE = (
         )
     )
     + "@media(prefers-color-scheme:dark){svg{background:#14181d}text{fill:#e7ecf1}.quiet{fill:#a9b4c0}"
-    ".grid{stroke:#343c46}.track{fill:#222a33}.bar{fill:#6aa5ea}.whisker{stroke:#f2f5f8}.floor{stroke:#ec9a67}}"
+    ".grid{stroke:#343c46}.track{fill:#222a33}.bar{fill:#6aa5ea}.whisker{stroke:#f2f5f8}.floor{stroke:#ec9a67}.halo{stroke:#14181d}"
+    + "".join(f".s{i}{{stroke:{c}}}.d{i}{{fill:{c};stroke:{c}}}" for i, c in enumerate(_DARK))
+    + "}"
 )  # fmt: skip
 _STYLES = 6  # classes .s0 to .s5
 _WIDTH, _LABEL, _RIGHT, _ROW, _TOP = 860, 290, 210, 30, 44
@@ -48,7 +51,10 @@ def score_bars(rows: Sequence[Mapping[str, Any]], title: str) -> str:
         y = _TOP + _ROW * index
         shapes.append(_bar(row, y, span))
     words = "; ".join(_words(row) for row in rows)
-    heading, roles = described("scores", title, f"{words}. Dashed: accuracy of one constant letter.")
+    if any(row.get("floor") is not None for row in rows):
+        shapes.append(tag("line", class_="floor", x1=_WIDTH - _RIGHT + 14, x2=_WIDTH - _RIGHT + 14, y1=11, y2=27))
+        shapes.append(text("always the same letter", x=_WIDTH - _RIGHT + 24, y=23, class_="quiet"))
+    heading, roles = described("scores", title, words)
     body = heading + tag("style", _STYLE) + text(title, x=8, y=22) + "".join(shapes)
     return _document(body, _WIDTH, bottom + 28, roles)
 
@@ -69,12 +75,14 @@ def _bar(row: Mapping[str, Any], y: float, span: float) -> str:
     ]  # fmt: skip
     if row.get("floor") is not None:
         x = f"{_LABEL + span * row['floor']:.2f}"
-        parts.append(tag("line", class_="floor", x1=x, x2=x, y1=y + 1, y2=y + 21))
+        parts += [tag("line", class_=layer, x1=x, x2=x, y1=y + 1, y2=y + 21) for layer in ("halo", "floor")]
     return "".join(parts)
 
 
 def _words(row: Mapping[str, Any]) -> str:
-    return f"{row['label']}: {percent(row['value'])}, {percent(row['low'])} to {percent(row['high'])}, n = {row['n']}"
+    floor = "" if row.get("floor") is None else f", always the same letter {percent(row['floor'])}"
+    interval = f"{percent(row['low'])} to {percent(row['high'])}"
+    return f"{row['label']}: {percent(row['value'])}, {interval}, n = {row['n']}{floor}"
 
 
 def _shortened(label: str, length: int = 40) -> str:
@@ -102,10 +110,11 @@ def accuracy_by_steps(series: Mapping[str, Sequence[Mapping[str, Any]]], title: 
     words = []
     for index, (name, points) in enumerate(series.items()):
         style, shift = index % _STYLES, 7 * (index - (len(series) - 1) / 2)  # intervals beside each other
+        ordered = sorted(points, key=lambda point: point["steps"])
         marks = [
             {key: top + height * (1 - point[key]) for key in ("value", "low", "high")}
             | {"x": at[point["steps"]] + shift}
-            for point in sorted(points, key=lambda point: point["steps"])
+            for point in ordered
         ]
         line = " ".join(f"{mark['x']:.1f},{mark['value']:.1f}" for mark in marks)
         shapes.append(tag("polyline", class_=f"s{style}", points=line))
@@ -117,7 +126,7 @@ def accuracy_by_steps(series: Mapping[str, Sequence[Mapping[str, Any]]], title: 
         x = left + width + 14
         shapes.append(tag("line", class_=f"s{style}", x1=x, x2=x + 28, y1=y, y2=y))
         shapes.append(text(_shortened(name, 28), x=x + 34, y=y + 4))
-        told = (f"{point['steps']} steps {percent(point['value'])}" for point in points)
+        told = (f"{point['steps']} steps {percent(point['value'])}" for point in ordered)
         words.append(f"{name}: {', '.join(told)}")
     heading, roles = described("steps", title, "; ".join(words))
     body = heading + tag("style", _STYLE) + text(title, x=8, y=22) + "".join(shapes)
