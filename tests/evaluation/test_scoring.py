@@ -1,9 +1,14 @@
 import json
 import runpy
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from vreflection.cli.eval import app
@@ -243,6 +248,10 @@ def test_repeats_and_contradictions(tmp_path):
         ({"options": []}, "gold letter 'A' of 0 options"),
         ({"options": None}, "got TypeError"),
         ({"text": None}, "delete the line and resume the run"),
+        ({"options": [1, 2]}, "got AttributeError|got TypeError"),
+        ({"spans": None}, "got TypeError"),
+        ({"visual_tokens": ["many"]}, "expected whole numbers of spans, steps and visual tokens"),
+        ({"latent_steps": {}}, "expected whole numbers of spans, steps and visual tokens"),
     ],
 )
 def test_rows_that_are_refused(tmp_path, change, message):
@@ -310,6 +319,38 @@ def test_tables_tell_everything(tmp_path):
         assert "nan" not in line
         if line.startswith("| **"):
             assert line.count("|") == 7
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.permutations(range(24)),
+    st.integers(1, 4),
+    st.lists(st.sampled_from(["A", "B", "C", "D", "?"]), min_size=24, max_size=24),
+)
+def test_neither_order_nor_shards_change_a_score(order, shards, said):
+    rows = RUNS.hrbench(said)
+    with tempfile.TemporaryDirectory() as folder:
+        scores = [
+            score_run(write_run(Path(folder, name), {"hrbench4k": of_run}, shards=count)).as_dict() | {"folder": ""}
+            for name, of_run, count in (("a", rows, 1), ("b", [rows[i] for i in order], shards))
+        ]
+    assert json.dumps(scores[0]) == json.dumps(scores[1])
+    right = sum(text == "ABCD"[i % 4] for i, text in enumerate(said))
+    assert scores[0]["benchmarks"][0]["metrics"][0]["correct"] == right
+
+
+@pytest.mark.parametrize(
+    ("more", "code"), [([], 2), (["--partial"], 0), (["--partial", "--protocol", "vlmevalkit"], 2)]
+)
+def test_exit_codes(tmp_path, more, code):
+    run = write_run(tmp_path / "run", {"mmvp": RUNS.mmvp(MMVP)[:6]}, asked={"mmvp": 8})
+    command = [sys.executable, "-m", "vreflection", "eval", "score", str(run), *more]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    if code:
+        assert done.stderr.startswith("error: ") and done.stdout == ""
+    else:
+        assert done.stdout.startswith("INCOMPLETE: 2 of 8 answers are missing")
 
 
 def run_cli(*arguments):

@@ -133,7 +133,7 @@ def open_run(folder: Path) -> Run:
         DataError: no manifest, one that is not of this format, or several that differ.
         ConfigError: the run's protocol is not known and not in its notes.
     """
-    paths = sorted(folder.glob("run*.json"))
+    paths = sorted([*folder.glob("run.json"), *folder.glob("run.*.json")])
     if not paths:
         raise DataError(
             "missing-key", "expected run.json, got none; name a folder that `vreflection eval` wrote", str(folder)
@@ -222,7 +222,14 @@ def read_answers(run: Run, benchmark: str, extract: Extractor, labels: str = "or
             "the folder holds answers of another run: run again into an empty folder",
             str(run.folder / "raw"),
         )
-    return reader.table(expected)
+    try:
+        return reader.table(expected)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise DataError(
+            "row-type",
+            f"expected whole numbers of spans, steps and visual tokens, got {error}; run again into an empty folder",
+            str(run.folder / "raw"),
+        ) from None
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:

@@ -99,10 +99,14 @@ def grouped_wilson(correct: Sequence[int] | np.ndarray, sizes: Sequence[int] | n
 
 
 def cluster_variance(sums: np.ndarray, sizes: np.ndarray) -> float:
-    """Variance of `sum(sums) / sum(sizes)` from its spread over groups; two groups at least."""
-    groups, n = len(sizes), sizes.sum()
-    residual = sums - sizes * (sums.sum() / n)
-    return float(groups / (groups - 1) * np.square(residual).sum() / n**2)
+    """Variance of `sum(sums) / sum(sizes)` from its spread over groups (whole numbers); two groups at least.
+
+    Counted in whole numbers up to the last division, so that the order of the groups does not show.
+    """
+    groups, n, total = len(sizes), int(sizes.sum()), int(sums.sum())
+    squares, products, size_squares = (int((x * y).sum()) for x, y in ((sums, sums), (sums, sizes), (sizes, sizes)))
+    spread = n * n * squares - 2 * n * total * products + total * total * size_squares
+    return groups * spread / ((groups - 1) * n**4)
 
 
 def mean_of(parts: Iterable[Proportion]) -> Mean:
@@ -274,7 +278,7 @@ def flip_test(differences: Sequence[int] | np.ndarray) -> tuple[float, str]:
     if reach > _EXACT_SUM:
         return math.erfc(observed / math.sqrt(2 * float(np.square(values).sum()))), "normal"
     chances = np.ones(1)
-    for step, groups in counts.items():
+    for step, groups in sorted(counts.items()):  # the same sum in whatever order they came
         spread = np.zeros(2 * step * groups + 1)
         spread[:: 2 * step] = [_fair_coin(groups, heads) for heads in range(groups + 1)]
         chances = np.convolve(chances, spread)
