@@ -66,7 +66,7 @@ def test_an_intervention_that_changes_nothing_has_no_divergence(lab, tmp_path, m
     assert latents is not None and len(latents) == sum(bool(row["spans"]) for row in own) > 0
     for row, after in zip(own, changed, strict=True):
         for name in ("zero", "steps_3"):
-            assert after[name]["text"] == row["text"] and abs(after[name]["kl"]) < 1e-5
+            assert after[name]["text"] == row["text"] and after[name]["kl"] < 1e-5 and after[name]["kept"]
 
 
 def test_interventions_reach_the_answer_or_say_that_they_cannot(lab, tmp_path):
@@ -86,7 +86,7 @@ def test_interventions_reach_the_answer_or_say_that_they_cannot(lab, tmp_path):
         for name in ("zero", "noise", "swap", "repeat", "skip", "steps_1"):
             if not row["spans"]:
                 kept = {key: row[key] for key in ("text", "answer", "correct", "spans", "closed")}
-                assert after[name] == {**kept, "kl": 0.0}
+                assert after[name] == {**kept, "kl": 0.0, "kept": True}
     changed_at_all = {
         name: max(after[name]["kl"] for after, hit in zip(changed, reached) if hit)
         for name in ("zero", "noise", "swap", "repeat", "skip", "steps_1", "image")
@@ -151,7 +151,7 @@ def test_the_command_on_a_benchmark(asked, tmp_path, monkeypatch, capsys, checkp
         return code, capsys.readouterr()
 
     code, said = call()
-    assert code == 0 and "| own" not in said.out and "the model's own latents" in said.out
+    assert code == 0 and "| the model's own latents |" in said.out
     result = json.loads((tmp_path / "out" / "ablation.json").read_text())
     names = [row["name"] for row in result["summary"]["interventions"]]
     assert names == ["own", "zero", "noise", "swap", "repeat", "skip", "image", "steps_1", "steps_6"]
@@ -277,7 +277,7 @@ def test_effective_rank_and_shape():
 
 def fake(correct, spans=1, kl=0.0, lens=True):
     row = {"id": "1", "group": "1", "gold": "A", "text": "A", "answer": "A" if correct else None, "correct": correct}
-    row |= {"spans": spans, "closed": bool(spans), "text_norm": 2.0, "kl": kl}
+    row |= {"spans": spans, "closed": bool(spans), "text_norm": 2.0, "kl": kl, "kept": kl < 2}
     if lens:
         row["lens"] = [{"ids": [4, 5], "chances": [0.5, 0.25], "entropy": 1.0}]
     return row

@@ -245,7 +245,7 @@ class Ablation:
             for place, one, given in wanted
         ]  # fmt: skip
         # What an intervention cannot reach stays as it was.
-        rows = [{"id": row["id"], **{one.name: {**_kept(row), "kl": 0.0} for one in self.interventions}} for row in own]
+        rows = [{"id": row["id"], **{one.name: _unreached(row) for one in self.interventions}} for row in own]
         answers = decoder.generate(requests)
         for (place, one, _), answer in zip(wanted, answers):
             rows[place][one.name] = self._said(self.questions[chunk[place]], answer)
@@ -253,13 +253,14 @@ class Ablation:
         for place, row in enumerate(own):
             mine = [(one, given, answer) for (p, one, given), answer in zip(wanted, answers) if p == place]
             for (one, _, _), value in zip(mine, self._divergences(scorer, prompts[place], row, held[place], mine)):
-                rows[place][one.name]["kl"] = value
+                rows[place][one.name] |= value
         return rows
 
-    def _divergences(self, scorer: ForcedScorer, prompt, row, latents: torch.Tensor | None, mine) -> list[float]:
-        """Per intervention, the mean KL divergence (nats) of the next-token distributions at the answer's tokens.
+    def _divergences(self, scorer: ForcedScorer, prompt, row, latents: torch.Tensor | None, mine) -> list[dict]:
+        """Per intervention, what it does to the answer's content tokens, the model's own text before them throughout.
 
-        The text so far is the model's own throughout. From what the model says by itself to what it would say.
+        `kl`: mean KL divergence (nats) from what the model says by itself to what it would say. `kept`: whether its own
+        tokens stay the likeliest. An intervention that only breaks the form of the answer leaves both alone.
         """
         if not mine:
             return []
@@ -282,8 +283,15 @@ class Ablation:
             text = [place for place, inside in enumerate(one.latent) if not inside]
             rows = states[[text[place] for place in places]]
             logs.append(head(rows.to(head.weight)).float().log_softmax(-1))
-        found = [float((logs[0].exp() * (logs[0] - other)).sum(-1).mean()) for other in logs[1:]]
-        return [max(0.0, value) for value in found]  # rounding may leave a little less
+        likeliest = logs[0].argmax(-1)
+        return [
+            {
+                # Rounding may leave a little less than nothing.
+                "kl": max(0.0, float((logs[0].exp() * (logs[0] - other)).sum(-1).mean())),
+                "kept": bool((other.argmax(-1) == likeliest).all()),
+            }
+            for other in logs[1:]
+        ]
 
 
 def _given(tokens: Sequence[int], latent: Sequence[bool], span_ND: torch.Tensor, hide_images: bool = False):
@@ -293,8 +301,9 @@ def _given(tokens: Sequence[int], latent: Sequence[bool], span_ND: torch.Tensor,
     return GivenAnswer(tokens, latent, span_ND.repeat(spans, 1)[:count], hide_images)
 
 
-def _kept(row: dict[str, Any]) -> dict[str, Any]:
-    return {key: row[key] for key in ("text", "answer", "correct", "spans", "closed")}
+def _unreached(row: dict[str, Any]) -> dict[str, Any]:
+    """What an intervention leaves of an answer that it cannot reach."""
+    return {**{key: row[key] for key in ("text", "answer", "correct", "spans", "closed")}, "kl": 0.0, "kept": True}
 
 
 def answer_places(ids: Sequence[int], processor: VReflectionProcessor) -> list[int]:

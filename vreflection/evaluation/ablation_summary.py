@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from .interventions import OWN, Intervention
-from .statistics import Z95, grouped_wilson, paired
+from .statistics import Z95, grouped_wilson, paired, wilson
 
 
 def summarize(
@@ -37,6 +37,7 @@ def summarize(
                 "against_own": paired(correct, now, groups).as_dict(),
                 "changed_answers": sum(a["answer"] != b["answer"] for a, b in zip(own, said)) / len(own),
                 "kl": mean_interval([row["kl"] for row in said]),
+                "kept": wilson(sum(row["kept"] for row in said), len(said)).as_dict(),
                 **rates(said),
             }
         )
@@ -118,7 +119,9 @@ def sentences(summary: Mapping[str, Any]) -> list[str]:
         p = "p < 0.001" if pair["grouped_p"] < 0.001 else f"p = {pair['grouped_p']:.3f}"
         said.append(
             f"{row['label'][0].upper()}{row['label'][1:]}: {seen} accuracy, {change}, {p}; "
-            f"{100 * row['changed_answers']:.1f} % of the answers differ, divergence {row['kl']['value']:.3g} nats."
+            f"{100 * row['changed_answers']:.1f} % of the answers differ ({100 * row['unparsed']:.1f} % do not parse). "
+            f"With its own text before them, {100 * row['kept']['value']:.1f} % of the answers stay, divergence "
+            f"{row['kl']['value']:.3g} nats."
         )
     gains = [row for row in others if row["name"] in ("zero", "noise", "skip", "swap")]
     if gains and all(row["against_own"]["grouped_p"] >= 0.05 for row in gains):
@@ -135,9 +138,9 @@ def sentences(summary: Mapping[str, Any]) -> list[str]:
 def markdown(summary: Mapping[str, Any], title: str) -> str:
     lines = [f"# {title}", "", *(f"- {line}" for line in sentences(summary)), ""]
     lines += [
-        "| latents | accuracy (95 %) | change (95 %) | p | answers changed | KL, nats (95 %) | unparsed | spans opened "
-        "| closed |",
-        "|" + " --- |" * 9,
+        "| latents | accuracy (95 %) | change (95 %) | p | answers changed | unparsed | own text before: answers kept "
+        "| KL, nats (95 %) | spans opened | closed |",
+        "|" + " --- |" * 10,
     ]
     lines += [table_row(row) for row in summary["interventions"]]
     if summary["latents"]:
@@ -150,15 +153,17 @@ def table_row(row: Mapping[str, Any]) -> str:
     held, pair, kl = row["accuracy"], row.get("against_own"), row.get("kl")
     cells = [row["label"], f"{share(held['value'])} ({100 * held['low']:.1f} to {100 * held['high']:.1f})"]
     if pair is None or kl is None:
-        cells += ["", "", "", ""]
+        cells += ["", "", "", share(row["unparsed"]), "", ""]
     else:
         cells += [
             f"{100 * pair['difference']:+.1f} ({100 * pair['low']:+.1f} to {100 * pair['high']:+.1f})",
             f"{pair['grouped_p']:.3g}",
             share(row["changed_answers"]),
+            share(row["unparsed"]),
+            f"{share(row['kept']['value'])} ({100 * row['kept']['low']:.1f} to {100 * row['kept']['high']:.1f})",
             f"{kl['value']:.3g}" + ("" if kl["low"] is None else f" ({kl['low']:.3g} to {kl['high']:.3g})"),
         ]
-    return f"| {' | '.join([*cells, share(row['unparsed']), share(row['trigger_rate']), share(row['closed_rate'])])} |"
+    return f"| {' | '.join([*cells, share(row['trigger_rate']), share(row['closed_rate'])])} |"
 
 
 def latent_table(latents: Mapping[str, Any]) -> list[str]:

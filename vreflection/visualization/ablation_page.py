@@ -1,4 +1,4 @@
-"""An ablation as one HTML page that opens offline: findings, accuracy changes, divergences, what the latents are like."""
+"""An ablation as one HTML page that opens offline: findings, accuracy changes, divergences, the latents themselves."""
 
 from __future__ import annotations
 

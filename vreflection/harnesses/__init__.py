@@ -1,0 +1,1 @@
+"""Our decoder inside other evaluation harnesses: lmms-eval and VLMEvalKit."""
