@@ -134,7 +134,7 @@ def lines_panel(ident: str, series: Mapping[str, Sequence[float]], steps: int) -
     """Lines over latent steps, from zero (or the lowest value, if negative) up, each named under the panel."""
     values = [value for line in series.values() for value in line]
     low, high = min(0.0, *values), max(*values, 1e-9)
-    top, bottom = 10, 10 + _PANEL_HEIGHT
+    bottom = 10 + _PANEL_HEIGHT
     width = _PANEL_WIDTH - _LEFT - 12
     x = lambda step: _LEFT + width * (step / max(steps - 1, 1) if steps > 1 else 0.5)  # noqa: E731
     y = lambda value: bottom - _PANEL_HEIGHT * (value - low) / (high - low)  # noqa: E731
