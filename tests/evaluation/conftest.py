@@ -1,10 +1,14 @@
 """The benchmarks in miniature, shared through `demo`, and a tiny checkpoint on disk that answers them."""
 
 import importlib.util
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+
+from vreflection.cli import main
 
 
 @pytest.fixture(scope="session")
@@ -38,3 +42,47 @@ def checkpoint(tiny, tmp_path_factory):
     model.save_pretrained(folder)
     tiny.processor().save_pretrained(folder)
     return folder
+
+
+SHORT = """
+name: short
+version: 1
+images_first: true
+min_pixels: null
+max_pixels: null
+max_new_tokens: {default: 12, vstar: 9}
+label_revision: original
+extractor: strict
+prompt:
+  default: {question: "{question}", options: "\\nOptions:", option: "\\n{letter}. {text}", ask: "\\nAnswer."}
+headline: {}
+"""
+
+
+@pytest.fixture(scope="session")
+def short(tmp_path_factory):
+    """A protocol file with short answers."""
+    path = tmp_path_factory.mktemp("protocol") / "short.yaml"
+    path.write_text(SHORT)
+    return path
+
+
+@pytest.fixture
+def evaluate(monkeypatch, capsys, checkpoint, demo_root, short):
+    """`vreflection eval` in this process on the tiny checkpoint; a keyword of `False` leaves a default option out."""
+
+    def call(out, *flags, **options):
+        defaults = {"model": checkpoint, "data_root": demo_root, "protocol": short, "benchmarks": "mmvp,hrbench4k"}
+        words = ["vreflection", "eval", "--out", str(out), "--allow-other-counts", *flags]
+        for name, value in {**defaults, **options}.items():
+            words += [] if value is False else [f"--{name.replace('_', '-')}", str(value)]
+        monkeypatch.setattr(sys, "argv", words)
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        captured = capsys.readouterr()
+        return SimpleNamespace(returncode=code, stdout=captured.out, stderr=captured.err)
+
+    return call
