@@ -1,0 +1,170 @@
+"""Real processes that are killed, interrupted, run side by side, or given images far larger than what they may hold."""
+
+import base64
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from PIL import Image
+
+from vreflection.evaluation.benchmarks import BENCHMARKS
+
+ALL = ",".join(BENCHMARKS)
+ITEMS = 50
+# The command itself, slowed down so that there is a moment to kill it in.
+SLOW = """
+import sys, time
+from vreflection.cli import main
+from vreflection.evaluation.raw_files import RawWriter
+write = RawWriter.write
+RawWriter.write = lambda self, answer: (write(self, answer), time.sleep(0.05))[0]
+main()
+"""
+MEASURED = """
+import resource, sys
+from vreflection.cli import main
+main()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def lines(out):
+    return sorted(line for path in out.glob("raw/*.jsonl") for line in path.read_bytes().splitlines(True))
+
+
+def whole_lines(out):
+    return sum(path.read_bytes().count(b"\n") for path in out.glob("raw/*.jsonl"))
+
+
+@pytest.fixture
+def arguments(checkpoint, demo_root, short):
+    def made(out, *more, data_root=demo_root, benchmarks=ALL):
+        words = ["eval", "--model", checkpoint, "--benchmarks", benchmarks, "--data-root", data_root, "--out", out]
+        return [str(word) for word in (*words, "--protocol", short, "--allow-other-counts", *more)]
+
+    return made
+
+
+@pytest.fixture
+def start():
+    """Start a Python process; those still running at the end are killed."""
+    running = []
+
+    def started(*words):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(
+            [sys.executable, *words], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        running.append(process)
+        return process
+
+    yield started
+    for process in running:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def wait_for_answers(process, out, count):
+    while whole_lines(out) < count:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory, checkpoint, demo_root, short):
+    """A run without trouble, unsharded, in this process."""
+    from vreflection.evaluation.run import EvalSettings, run_evaluation
+
+    out = tmp_path_factory.mktemp("reference") / "run"
+    run_evaluation(
+        EvalSettings(str(checkpoint), tuple(BENCHMARKS), out, demo_root, str(short), allow_other_counts=True)
+    )
+    assert len(lines(out)) == ITEMS
+    return lines(out)
+
+
+def test_killed_interrupted_and_resumed_is_as_uninterrupted(start, arguments, evaluate, tmp_path, reference):
+    out, dice = tmp_path / "run", random.Random(os.getpid())
+    killed = start("-c", SLOW, *arguments(out))
+    wait_for_answers(killed, out, dice.randint(1, 20))
+    time.sleep(dice.random() * 0.1)
+    other = evaluate(out, benchmarks=ALL)
+    assert other.returncode == 2 and f"is being worked on by process {killed.pid}" in other.stderr
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    kept = whole_lines(out)
+    assert kept < ITEMS
+
+    interrupted = start("-c", SLOW, *arguments(out, "--batch-size", "3"))
+    wait_for_answers(interrupted, out, kept + dice.randint(1, 10))
+    interrupted.send_signal(signal.SIGINT)
+    _, said = interrupted.communicate(timeout=60)
+    assert interrupted.returncode == 1 and "run the same command again to go on" in said and "Traceback" not in said
+    assert kept < whole_lines(out) < ITEMS
+
+    last = evaluate(out, benchmarks=ALL)
+    assert last.returncode == 0, last.stderr
+    assert lines(out) == reference
+
+
+def test_shards_side_by_side_one_of_them_killed(start, arguments, tmp_path, reference):
+    out = tmp_path / "run"
+    first, second = (start("-c", SLOW, *arguments(out, "--shard", f"{index}/2")) for index in (0, 1))
+    wait_for_answers(first, out, 5)
+    first.kill()
+    _, said = second.communicate(timeout=120)
+    assert second.returncode == 0, said
+    assert len(lines(out)) < ITEMS
+    again = start("-m", "vreflection", *arguments(out, "--shard", "0/2", "--json"))
+    told, said = again.communicate(timeout=120)
+    assert again.returncode == 0, said
+    assert sum(json.loads(told)["done"].values()) == ITEMS and json.loads(told)["score"]["missing"] == 0
+    assert lines(out) == reference
+
+
+def test_torchrun(start, arguments, tmp_path, reference):
+    out = tmp_path / "run"
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "vreflection")
+    job = start(*launch, *arguments(out, "--json"))
+    told, said = job.communicate(timeout=180)
+    assert job.returncode == 0, said
+    assert json.loads(told)["score"]["missing"] == 0  # printed once, by the process that waited for the other one
+    assert {path.name for path in out.glob("raw/mmvp*")} == {"mmvp.0-of-2.jsonl", "mmvp.1-of-2.jsonl"}
+    assert lines(out) == reference
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="counts peak memory in other units there")
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_number_of_8k_images(demo, start, arguments, tmp_path):
+    """Images of 100 MB decoded and 15 MB encoded, all of them in one row group and one dictionary page."""
+    noise = Image.effect_noise((7680, 4320), 90)
+
+    def encoded(image):
+        made, file = Image.merge("RGB", (noise, noise, noise)), io.BytesIO()
+        made.paste(image, (0, 0))
+        made.save(file, "JPEG", quality=85)
+        return file.getvalue()
+
+    peaks = []
+    for questions in (2, 24):
+        root = tmp_path / str(questions)
+        rows = list(demo.hrbench_rows(questions, encode=encoded))
+        assert len(base64.b64decode(rows[0]["image"])) > 10 * 2**20
+        demo.write_hrbench(root, "8k", rows=rows)
+        process = start(
+            "-c", MEASURED, *arguments(tmp_path / f"run{questions}", data_root=root, benchmarks="hrbench8k")
+        )
+        told, said = process.communicate(timeout=300)
+        assert process.returncode == 0, said
+        assert len(lines(tmp_path / f"run{questions}")) == 4 * questions
+        peaks.append(int(told.split()[-1]) / 1024)
+    print("peak MiB:", peaks)
+    assert peaks[1] < 2048
+    assert peaks[1] - peaks[0] < 150  # two more decoded images would be 200
