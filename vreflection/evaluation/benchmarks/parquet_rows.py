@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,8 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import DataError
+from .parquet_pages import NotStreamable, StreamedColumn
 from .source import REPAIR, check_columns
 
+logger = logging.getLogger(__name__)
+
+# Bytes of a row group's column from which it is read as a stream.
+LARGE = 2**25
 # Column chunks are read through a buffer of this size: one row group may hold gigabytes of images.
 _BUFFER = 2**20
 
@@ -68,9 +74,11 @@ class RowReader:
         self.file: Any = None
         self.batches: Iterator[Any] = iter(())
         self.next = -1  # row of the next batch; before the first one nothing is open
+        self.streamed: dict[str, StreamedColumn] | None = None
+        self.group = -1
 
     def row(self, index: int) -> dict[str, Any]:
-        """Values of row `index`; raises `DataError` as `read_columns`."""
+        """Values of row `index`, text of very large columns as bytes; raises `DataError` as `read_columns`."""
         with self.lock, _explained(self.path) as parquet:
             if index != self.at:
                 if self.file is None:
@@ -81,6 +89,13 @@ class RowReader:
 
     def _read(self, index: int) -> dict[str, Any]:
         group, start = self._group_of(index)
+        if group != self.group:
+            self.group, self.streamed = group, self._stream(group)
+        if self.streamed is not None:
+            try:
+                return {name: column.value(index - start) for name, column in self.streamed.items()}
+            except NotStreamable as error:
+                self._give_up(error)
         if self.next < start or self.next > index:
             rest = list(range(group, self.file.num_row_groups))
             self.batches = self.file.iter_batches(
@@ -92,6 +107,34 @@ class RowReader:
             self.next += 1
             if self.next > index:
                 return batch.to_pylist()[0]
+
+    def _stream(self, group: int) -> dict[str, StreamedColumn] | None:
+        """Streams of a row group's columns where one is too large for the library, which reads pages whole."""
+        rows, schema = self.file.metadata.row_group(group), self.file.schema
+        places = {schema.column(n).path: n for n in range(len(schema)) if schema.column(n).path in self.columns}
+        chunks = {name: rows.column(place) for name, place in places.items()}
+        flat = chunks.keys() == set(self.columns)
+        if not flat or max(chunk.total_uncompressed_size for chunk in chunks.values()) < LARGE:
+            return None
+        levels = {name: schema.column(place) for name, place in places.items()}
+        try:
+            if any(column.max_repetition_level or column.max_definition_level > 1 for column in levels.values()):
+                raise NotStreamable("nested values")
+            return {
+                name: StreamedColumn(self.path, chunk, levels[name].max_definition_level == 1)
+                for name, chunk in chunks.items()
+            }
+        except NotStreamable as error:
+            self._give_up(error)
+            return None
+
+    def _give_up(self, error: NotStreamable) -> None:
+        logger.warning(
+            "%s: cannot be read as a stream (%s); pages are read whole, which may take memory of the file's size",
+            self.path,
+            error,
+        )
+        self.streamed = None
 
     def _group_of(self, index: int) -> tuple[int, int]:
         """The row group a row lies in, and that group's first row."""
