@@ -22,9 +22,12 @@ from vreflection.data.positions import mrope_positions
 from vreflection.data.template import (
     IMAGE_PLACEHOLDER,
     LATENT_PLACEHOLDER,
+    SYSTEM_PROMPT,
+    ChatTurn,
     LatentTokenIds,
     Segment,
     SlotStyle,
+    chat_segments,
     check_reserved,
     check_slot_style,
     check_turns,
@@ -164,6 +167,31 @@ def encode_prompt(
     return _assemble(
         prompt_segments(question), question.count(IMAGE_PLACEHOLDER), prepared, processor, max_length, source
     )
+
+
+def encode_chat(
+    turns: Sequence[ChatTurn],
+    processor: SampleProcessor,
+    images: Sequence[Image.Image] = (),
+    *,
+    system: str = SYSTEM_PROMPT,
+    max_length: int | None = None,
+    source: str = "conversation",
+) -> EncodedSample:
+    """Encode a conversation that the model is to go on with.
+
+    Args:
+        turns: see `chat_segments`. images: in the order of their places in the turns.
+        system: text of the system turn; the default is the one of training.
+        max_length, source: see `encode_prompt`.
+
+    Raises:
+        DataError: turns out of order, special tokens in the text, images that do not match, or `too-long`.
+    """
+    segments = chat_segments(turns, system)
+    prepared = _prepare_images(images, processor, None, source)
+    places = sum(part is None for turn in turns for part in turn.parts)
+    return _assemble(segments, places, prepared, processor, max_length, source)
 
 
 def _prepare_images(

@@ -8,6 +8,7 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from functools import lru_cache
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -58,6 +59,15 @@ def open_image(path: str | Path, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Im
         return to_rgb(image)
 
 
+def decode_image(data: bytes, name: str, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
+    """`open_image` for the bytes of an image. `name` is for messages."""
+    if not data:
+        raise DataError("image-empty", f"expected an image in {name}, got 0 bytes; send or download it again")
+    with _decoding(BytesIO(data), name, max_pixels) as image:
+        image.load()
+        return to_rgb(image)
+
+
 def image_size(path: str | Path, max_pixels: int = MAX_IMAGE_PIXELS) -> tuple[int, int]:
     """Width and height (px) from an image file's header; no pixel is decoded.
 
@@ -75,26 +85,32 @@ def _opened(path: Path, max_pixels: int) -> Iterator[Image.Image]:
         raise DataError("image-missing", f"expected an image file at {path}, got no such file; check the image folder")
     if path.stat().st_size == 0:
         raise DataError("image-empty", f"expected an image at {path}, got a file of 0 bytes; download it again")
+    with _decoding(path, str(path), max_pixels) as image:
+        yield image
+
+
+@contextmanager
+def _decoding(source: Path | BytesIO, name: str, max_pixels: int) -> Iterator[Image.Image]:
     try:
-        with Image.open(path, formats=_FORMATS) as image:
-            check_image_size(*image.size, name=str(path), max_pixels=max_pixels)
+        with Image.open(source, formats=_FORMATS) as image:
+            check_image_size(*image.size, name=name, max_pixels=max_pixels)
             yield image
     except DataError:
         raise
     except UnidentifiedImageError:
         raise DataError(
             "not-an-image",
-            f"expected one of {', '.join(_FORMATS)} at {path}, got something else or a broken header; replace it",
+            f"expected one of {', '.join(_FORMATS)} at {name}, got something else or a broken header; replace it",
         ) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(
-            "image-too-large", f"expected at most {max_pixels} pixels in {path}, got {error}; scale it down"
+            "image-too-large", f"expected at most {max_pixels} pixels in {name}, got {error}; scale it down"
         ) from None
     # PIL's decoders raise many types on damaged files; none of them is a reason to stop a run.
     except Exception as error:
         raise DataError(
             "image-corrupt",
-            f"expected a complete image at {path}, got {type(error).__name__}: {error}; download it again",
+            f"expected a complete image at {name}, got {type(error).__name__}: {error}; download it again",
         ) from error
 
 

@@ -160,8 +160,37 @@ def prompt_segments(question: str) -> list[Segment]:
     return [_system_segment(), *_user_segments(question)]
 
 
-def _system_segment() -> Segment:
-    return Segment(f"{TURN_START}system\n{SYSTEM_PROMPT}{TURN_END}\n", False)
+class ChatTurn(NamedTuple):
+    """One turn of a conversation to go on with; a part is text as it stands, or `None` for an image."""
+
+    role: Role
+    parts: Sequence[str | None]
+
+
+def chat_segments(turns: Sequence[ChatTurn], system: str = SYSTEM_PROMPT) -> list[Segment]:
+    """ChatML text of a conversation and the header of the answer to come.
+
+    Raises:
+        DataError: `conversation-order` unless user and assistant alternate, the user first and last; `reserved-token`.
+    """
+    roles = [turn.role for turn in turns]
+    if len(roles) % 2 != 1 or roles != (["user", "assistant"] * len(roles))[: len(roles)]:
+        raise DataError(
+            "conversation-order",
+            f"expected user and assistant turns that alternate, the user first and last, got {roles}; merge or reorder "
+            "them",
+        )
+    segments = [_system_segment(system)]
+    for turn in turns:
+        shown = "".join(VISION_START + IMAGE_PAD + VISION_END if part is None else part for part in turn.parts)
+        check_reserved("".join(part for part in turn.parts if part is not None))
+        segments.append(Segment(f"{TURN_START}{turn.role}\n{shown}{TURN_END}\n", False))
+    return [*segments, Segment(f"{TURN_START}assistant\n", False)]
+
+
+def _system_segment(text: str = SYSTEM_PROMPT) -> Segment:
+    check_reserved(text)
+    return Segment(f"{TURN_START}system\n{text}{TURN_END}\n", False)
 
 
 def _user_segments(text: str) -> list[Segment]:
