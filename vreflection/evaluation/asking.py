@@ -27,10 +27,14 @@ class Asked:
 
 
 class Prompts:
-    """Prompts of a protocol. Items that share their images come one after the other: only the last item's are kept."""
+    """Prompts of a protocol. Items that share their images come one after the other: only the last item's are kept.
 
-    def __init__(self, processor: VReflectionProcessor, protocol: Protocol):
-        self.processor, self.protocol = processor, protocol
+    Args:
+        dtype: of the patches; the model's takes half the memory of float32 and is what it converts them to anyway.
+    """
+
+    def __init__(self, processor: VReflectionProcessor, protocol: Protocol, dtype: torch.dtype = torch.float32):
+        self.processor, self.protocol, self.dtype = processor, protocol, dtype
         self.kept: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self.opened = 0  # images decoded so far
 
@@ -78,7 +82,7 @@ class Prompts:
                 self.kept = {old: value for old, value in self.kept.items() if old in item.image_keys}
                 # The loader has checked size and mode, with limits of its own.
                 made = self.processor.image_processor.preprocess([opener()], return_tensors="pt")
-                found[key] = made["pixel_values"], made["image_grid_thw"][0].long()
+                found[key] = made["pixel_values"].to(self.dtype), made["image_grid_thw"][0].long()
                 self.opened += 1
         self.kept = found
         return [found[key] for key in item.image_keys]

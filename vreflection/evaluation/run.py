@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from importlib.metadata import version
 from itertools import count
@@ -19,8 +19,8 @@ import torch
 
 from .._version import __version__
 from ..data.in_order import in_order
-from ..engine.decoder import LatentDecoder
-from ..engine.requests import Generation, Request
+from ..engine.decoder import LOOK_EVERY, LatentDecoder
+from ..engine.requests import Request
 from ..engine.settings import resolve_latent_steps
 from ..errors import ConfigError, DataError
 from ..model.checkpoint import checkpoint_tensors, load_config, local_folder, weight_files
@@ -39,6 +39,8 @@ from .records import Item, Manifest
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
+# Encoded images kept for questions that follow: an 8K image is 120 MB of visual tokens for a 7B model.
+IMAGE_CACHE = 8
 # Of the checkpoint, beside its weights: what decides which tokens a prompt becomes and where an answer ends.
 SETTINGS_FILES = (
     "config.json", "generation_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json",
@@ -135,9 +137,10 @@ def run_evaluation(settings: EvalSettings, on_progress: Progress | None = None) 
             if left:
                 model = load_model(folder, settings)
                 decoder = LatentDecoder(
-                    model, max_batch_size=settings.batch_size, latent_mode=settings.latent_mode, share_prefixes=True
+                    model, max_batch_size=settings.batch_size, latent_mode=settings.latent_mode, image_cache=IMAGE_CACHE
                 )
-                answer_items(decoder, Prompts(processor, protocol), left, settings, shard, progress, report)
+                prompts = Prompts(processor, protocol, model.dtype)
+                answer_items(decoder, prompts, left, settings, shard, progress, report)
     for name in wanted:
         ids = {item.id for part in wanted[name] for item in part}
         report.done[name] = len(ids & done_ids(settings.out, name))
@@ -204,34 +207,38 @@ def answer_items(
 ) -> None:
     """Decode items and write each answer as soon as it is finished.
 
-    A thread prepares the images of the next few prompts meanwhile. At most five prompts wait outside the batch.
+    A thread prepares the images of the next few prompts meanwhile: at most five prompts wait outside the batch, and a
+    prompt in the batch has let go of its pixels.
     """
-    running: dict[int, Asked] = {}
-    numbers = count()
+    running: dict[int, tuple[Asked, Request]] = {}
     writers: dict[str, RawWriter] = {}
+    numbers = count()
+
+    def requests(prepared: Iterator[Asked]) -> Iterator[Request]:
+        for asked in prepared:
+            if asked.prompt is None:
+                report.failed.append(f"{asked.item.benchmark}:{asked.item.id}: {asked.error}")
+                continue
+            made = request(decoder, asked, prompts.protocol, settings)
+            running[next(numbers)] = replace(asked, prompt=None), made
+            yield made
+
     with ExitStack() as stack:
-
-        def requests(prepared: Iterator[Asked]) -> Iterator[Request]:
-            for asked in prepared:
-                if asked.prompt is None:
-                    report.failed.append(f"{asked.item.benchmark}:{asked.item.id}: {asked.error}")
-                    continue
-                running[next(numbers)] = asked
-                yield request(decoder, asked, prompts.protocol, settings)
-
-        def finished(answer: Generation) -> None:
-            asked = running.pop(answer.index)
-            name = asked.item.benchmark
-            if name not in writers:
-                writers[name] = stack.enter_context(closing(RawWriter(shard.raw_file(settings.out, name))))
-            writers[name].write(raw_answer(asked, answer, prompts.processor))
-            report.answered += 1
-            progress.add(asked.item)
-
         # An interrupt leaves no thread behind.
         prepared = in_order(1, prompts.of, items)
         stack.callback(prepared.close)  # pyright: ignore[reportAttributeAccessIssue]
-        decoder.generate(requests(prepared), on_answer=finished)
+        for event in stack.enter_context(closing(decoder.serve(requests(prepared), LOOK_EVERY))):
+            asked, made = running[event.index]
+            made.prompt.pixel_values = None  # the prompt is in the cache, or it has failed
+            if event.generation is None:
+                continue
+            del running[event.index]
+            name = asked.item.benchmark
+            if name not in writers:
+                writers[name] = stack.enter_context(closing(RawWriter(shard.raw_file(settings.out, name))))
+            writers[name].write(raw_answer(asked, event.generation, prompts.processor))
+            report.answered += 1
+            progress.add(asked.item)
 
 
 def request(decoder: LatentDecoder, asked: Asked, protocol: Protocol, settings: EvalSettings) -> Request:
