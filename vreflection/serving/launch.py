@@ -1,0 +1,45 @@
+"""What a server needs before it starts: the checkpoint, its maps, examples for the page."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import ConfigError
+from ..model.modeling import VReflectionForConditionalGeneration
+from ..model.processor import VReflectionProcessor
+from ..model.weight_files import DTYPES
+from .chat import Maps
+
+logger = logging.getLogger(__name__)
+
+
+def load_served(folder: Path, dtype: str | None, device: str | None):
+    """Model, processor, and what makes maps of an answer (`None` where the checkpoint has nothing to look with).
+
+    Raises:
+        ConfigError: an unknown dtype or device. CheckpointError: nothing usable there.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    try:
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ConfigError(f"device: expected such as cpu or cuda:0, got {device!r} ({error})") from None
+    chosen = "auto" if dtype is None else DTYPES[dtype][1]
+    if dtype is None and place.type == "cpu":
+        chosen = torch.float32  # what CPUs compute fastest here
+    model = VReflectionForConditionalGeneration.from_pretrained(folder, dtype=chosen).eval().to(place)
+    processor = VReflectionProcessor.from_pretrained(folder, None, None)
+    return model, processor, answer_maps(model)
+
+
+def answer_maps(model: VReflectionForConditionalGeneration) -> Maps | None:
+    return None
+
+
+def page_examples() -> list[dict[str, Any]]:
+    return []
