@@ -71,6 +71,8 @@ class ChatService:
         self.decoder = worker.decoder
         self.config = self.decoder.model.config
         self.in_work = 0
+        # Clients choose the steps; the log is not theirs. Set once: the filters belong to all threads.
+        warnings.filterwarnings("ignore", message="decoding with .* latent steps")
         self.readers = ThreadPoolExecutor(2, thread_name_prefix="images")
 
     @property
@@ -125,11 +127,9 @@ class ChatService:
 
     def _request(self, prompt: Prompt, settings: dict[str, Any], tokens: int, seed: int) -> Request:
         try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="decoding with .* latent steps")
-                return self.decoder.request(
-                    prompt, max_new_tokens=tokens, seed=seed, allow_other_latent_steps=True, **settings
-                )
+            return self.decoder.request(
+                prompt, max_new_tokens=tokens, seed=seed, allow_other_latent_steps=True, **settings
+            )
         except (ConfigError, ValueError) as error:
             raise bad(str(error)) from None
 

@@ -1,0 +1,94 @@
+"""The real application under uvicorn, in a thread, on a tiny model."""
+
+import base64
+import contextlib
+import io
+import threading
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("fastapi", reason="vreflection[serve] is not installed")
+
+from vreflection.model.modeling import VReflectionForConditionalGeneration
+from vreflection.model.processor import VReflectionProcessor
+from vreflection.serving.app import create_app, make_service
+from vreflection.serving.settings import ServeSettings
+
+
+def picture(seed=0, width=84, height=56, kind="PNG"):
+    """A data address of a random image."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    held = io.BytesIO()
+    Image.fromarray(pixels).save(held, kind)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(held.getvalue()).decode()}"
+
+
+def user(text="which?", *images):
+    parts = [{"type": "image_url", "image_url": {"url": url}} for url in images]
+    return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
+
+
+@contextlib.contextmanager
+def running(app, service):
+    """Serve an application until the block ends."""
+    import uvicorn
+
+    config = uvicorn.Config(
+        app, host="127.0.0.1", port=0, log_level="error", access_log=False, timeout_graceful_shutdown=5
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    deadline = time.monotonic() + 30
+    while not server.started:
+        assert thread.is_alive() and time.monotonic() < deadline, "the server did not start"
+        time.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    try:
+        yield SimpleNamespace(url=url, base=f"{url}/v1", port=port, service=service, app=app, server=server)
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        assert not thread.is_alive()
+
+
+@pytest.fixture(scope="session")
+def parts(checkpoint):
+    """The tiny model and its processor, loaded once."""
+    model = VReflectionForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    return model, VReflectionProcessor.from_pretrained(checkpoint, None, None)
+
+
+@pytest.fixture(scope="session")
+def serve(parts):
+    """`with serve(**settings) as server`: a server of its own."""
+
+    @contextlib.contextmanager
+    def start(maps=None, examples=None, **settings):
+        given = {"name": "tiny", "batch_size": 4, "max_queue": 8, "max_length": 256, "default_tokens": 12, **settings}
+        made = ServeSettings(**given)
+        service = make_service(*parts, made, maps)
+        with running(create_app(service, made, examples), service) as server:
+            yield server
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def server(serve):
+    """One server for a file of tests that leave it as it was."""
+    with serve() as made:
+        yield made
+        assert made.service.in_work == 0 and not made.service.decoder.busy
+
+
+@pytest.fixture(scope="session")
+def tools():
+    """Builders of this file."""
+    return SimpleNamespace(picture=picture, user=user)
