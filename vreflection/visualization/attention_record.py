@@ -60,16 +60,17 @@ class Watch:
     def _roll(self, query_HLE: torch.Tensor, key_GLE: torch.Tensor, scale: float) -> None:
         """One more factor on the left. Only the watched columns are carried: `(L, I)` instead of `(L, L)`."""
         heads, length, _ = query_HLE.shape
-        if self.total is None:
-            self.total = torch.zeros(length, len(self.columns), device=query_HLE.device)
-            self.total[self.columns, torch.arange(len(self.columns), device=query_HLE.device)] = 1.0
+        total = self.total
+        if total is None:
+            total = self.total = torch.zeros(length, len(self.columns), device=query_HLE.device)
+            total[self.columns, torch.arange(len(self.columns), device=query_HLE.device)] = 1.0
         step = max(1, CHUNK // (heads * length))
         # From the end: a row needs those before it as the last layer left them.
         for start in range((length - 1) // step * step, -1, -step):
             stop = min(start + step, length)
             rows = torch.arange(start, stop, device=query_HLE.device)
             mean = causal_weights(query_HLE, key_GLE[:, :stop], rows, scale).mean(0)
-            self.total[start:stop] = (mean @ self.total[:stop] + self.total[start:stop]) / 2
+            total[start:stop] = (mean @ total[:stop] + total[start:stop]) / 2
 
 
 def causal_weights(query_HLE: torch.Tensor, key_GLE: torch.Tensor, rows: torch.Tensor, scale: float) -> torch.Tensor:
