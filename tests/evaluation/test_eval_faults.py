@@ -25,7 +25,7 @@ import sys, time
 from vreflection.cli import main
 from vreflection.evaluation.raw_files import RawWriter
 write = RawWriter.write
-RawWriter.write = lambda self, answer: (write(self, answer), time.sleep(0.05))[0]
+RawWriter.write = lambda self, answer: (write(self, answer), time.sleep(0.02))[0]
 main()
 """
 # The high-water mark since this program began; what getrusage tells is also that of the process it was forked from.
