@@ -370,3 +370,31 @@ def test_logs_carry_no_prompts_unless_asked(serve, tools, caplog):
         with serve(log_prompts=asked) as server:
             client(server).chat.completions.create(model="tiny", messages=[tools.user("very secret question")])
         assert ("very secret question" in caplog.text) is asked
+
+
+def test_looks_come_as_soon_as_a_span_is_whole(serve, tools, parts):
+    """In the middle of a stream, from the real maps, and equal to those of the whole answer."""
+    from vreflection.serving.launch import answer_maps
+
+    with serve(maps=answer_maps(parts[0])) as server:
+        given = {"model": "tiny", "messages": [tools.user("which?", tools.picture(3))]}
+        latent = {"latent": {"force": True, "include": ["maps", "hidden"], "box": [0, 0, 0.5, 1]}}
+        whole = client(server).chat.completions.create(**given, extra_body=latent)
+        found = whole.choices[0].latent
+        (image,) = found["maps"]["images"]
+        assert image["grid"] == [2, 3] and found["maps"]["source"] == "student" and len(image["steps"]) >= 3
+        for step, inside in zip(image["steps"], found["maps"]["inside"], strict=True):
+            assert sum(step) == pytest.approx(1, abs=1e-4)
+            assert inside == pytest.approx(sum(step[0:2]) + sum(step[3:5]), abs=1e-4)  # the window rule: two columns
+        chunks = list(client(server).chat.completions.create(**given, stream=True, extra_body=latent))
+        places = [n for n, chunk in enumerate(chunks) if "maps" in (getattr(chunk.choices[0], "latent", None) or {})]
+        assert len(places) == 1
+        early = chunks[places[0]].choices[0].latent
+        held, now = (np.frombuffer(base64.b64decode(one["hidden"]["data"]), "<f4") for one in (found, early))
+        np.testing.assert_allclose(now, held, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(early["maps"]["images"][0]["steps"][:3], image["steps"][:3], atol=1e-5)
+        bad = {"latent": {**latent["latent"], "box": [0.5, 0, 0.5, 1]}}
+        with pytest.raises(openai.BadRequestError, match="latent.box: .*expected x0,y0,x1,y1"):
+            client(server).chat.completions.create(**given, extra_body=bad)
+        text = client(server).chat.completions.create(model="tiny", messages=[tools.user()], extra_body=latent)
+        assert "maps" not in text.choices[0].latent  # nothing to look at

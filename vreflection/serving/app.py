@@ -213,6 +213,10 @@ async def streamed(service: ChatService, job: Job, with_usage: bool) -> AsyncIte
             async for kind, piece in service.pieces(job, choice):
                 if kind == "text":
                     chunks.put_nowait(chunk(choice, {"content": piece}))
+                elif kind == "span":
+                    looks = await service.details(job, choice, so_far=True)
+                    if looks is not None:
+                        chunks.put_nowait(chunk(choice, {}, latent=looks))
                 elif shows:
                     chunks.put_nowait(chunk(choice, {}, latent={"step": int(piece)}))
             details = await service.details(job, choice)

@@ -9,7 +9,7 @@ import uuid
 import warnings
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -43,6 +43,8 @@ class Choice:
     finish: str | None = None
     steps: int = 0
     tokens: int = 0
+    in_span: bool = False
+    shown: bool = False  # its looks were sent while it went on
 
 
 @dataclass
@@ -232,17 +234,20 @@ class ChatService:
                 self.worker.cancel(choice.ticket)
 
     async def pieces(self, job: Job, choice: Choice) -> AsyncIterator[tuple[str, str]]:
-        """What a choice emits: `("text", piece)` and `("latent", step)`; ends when it is whole."""
+        """What a choice emits: `("text", piece)`, `("latent", step)`, `("span", "")` after one; ends with the answer."""
         while choice.finish is None:
             event: Emitted = await choice.queue.get()
             if job.first is None:
                 job.first = time.monotonic()
             ended = event.generation
             if event.token >= 0 and event.latent:
-                choice.steps += 1
+                choice.steps, choice.in_span = choice.steps + 1, True
                 yield "latent", str(choice.steps)
             elif event.token >= 0:
                 choice.tokens += 1
+                if choice.in_span and ended is None:
+                    yield "span", ""
+                choice.in_span = False
                 if piece := choice.text.push(event.token):
                     yield "text", piece
             if choice.text.stopped and choice.done is None and ended is None:
@@ -270,19 +275,40 @@ class ChatService:
             raise ApiError(503, "the server is stopping; send the request to it again later", code="stopping")
         return FINISH[ended.finish_reason or "eos"]
 
-    async def details(self, job: Job, choice: Choice) -> dict[str, Any] | None:
-        """What the request's `latent.include` asked for."""
+    async def details(self, job: Job, choice: Choice, so_far: bool = False) -> dict[str, Any] | None:
+        """What the request's `latent.include` asked for; `so_far` of an answer that goes on, if it still does."""
         asked = job.request.latent or LatentField()
-        if not asked.include or choice.done is None:
+        if not asked.include or choice.shown:
             return None
-        made: dict[str, Any] = {"steps": choice.steps}
-        latents = choice.done.latents
-        if "hidden" in asked.include and latents is not None and len(latents):
-            made["hidden"] = packed(latents[0])
-        if "maps" in asked.include and self.maps is not None:
-            maps, done, box = self.maps, choice.done, asked.box
-            made["maps"] = await asyncio.wrap_future(self.worker.call(lambda: maps(job.prompt, done, box)))
+
+        def make() -> dict[str, Any] | None:
+            answer = self._so_far(choice) if so_far else choice.done
+            if answer is None:
+                return None
+            made: dict[str, Any] = {"steps": choice.steps}
+            if "hidden" in asked.include and answer.latents is not None and len(answer.latents):
+                made["hidden"] = packed(answer.latents[0])
+            if "maps" in asked.include and self.maps is not None and job.prompt.image_grid_thw is not None:
+                tokens = self.decoder.prefill.features.of([job.prompt])[0]
+                seen = replace(job.prompt, pixel_values=None, image_features=tokens)
+                made["maps"] = self.maps(seen, answer, asked.box)
+            return made
+
+        try:
+            made = await asyncio.wrap_future(self.worker.call(make))
+        except DataError as error:
+            raise bad(f"latent.box: {error.message}", "latent.box") from None
+        choice.shown = so_far and made is not None
         return made
+
+    def _so_far(self, choice: Choice) -> Generation | None:
+        """A running answer as if it had ended here; `None` when it has. In the worker's thread."""
+        row = self.decoder.by_ticket.get(-1 if choice.ticket is None else choice.ticket)
+        if row is None:
+            return None
+        held = replace(row, answer=replace(row.answer, tokens=list(row.answer.tokens), latent=list(row.answer.latent)))
+        held.collect()
+        return held.answer
 
 
 def parts_of(content, urls: list[str]) -> list[str | None]:

@@ -1,4 +1,4 @@
-"""What a server needs before it starts: the checkpoint, its maps, examples for the page."""
+"""What a server needs before it starts: the checkpoint, and what makes maps of its answers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..engine.requests import Generation, Prompt
 from ..errors import ConfigError
 from ..model.modeling import VReflectionForConditionalGeneration
 from ..model.processor import VReflectionProcessor
@@ -38,8 +39,23 @@ def load_served(folder: Path, dtype: str | None, device: str | None):
 
 
 def answer_maps(model: VReflectionForConditionalGeneration) -> Maps | None:
-    return None
+    """Where an answer's latent steps look: the student's attention, or the language model's."""
+    if model.config.traits.slot_input == "none":
+        return None
+    from ..visualization.attention_maps import maps_of
 
+    def maps(prompt: Prompt, generation: Generation, box: tuple[float, float, float, float] | None) -> dict[str, Any]:
+        looks = maps_of(model, prompt, generation, boxes=() if box is None else (box,))
+        return {
+            "source": looks.attention.source,
+            "images": [
+                {
+                    "grid": list(image.shape[1:]),
+                    "steps": [[round(v, 6) for v in step.flatten().tolist()] for step in image],
+                }
+                for image in looks.maps
+            ],
+            "inside": None if box is None else looks.in_box(),
+        }
 
-def page_examples() -> list[dict[str, Any]]:
-    return []
+    return maps
