@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from ...data.images import check_image_size, open_image, to_rgb
-from ...errors import DataError
+from ...data.images import decode_image, open_image
 
 Opener = Callable[[], Image.Image]
-# What the benchmarks hold; some other formats start external programs when opened.
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 _LIMIT = threading.RLock()
 
 
@@ -38,26 +34,8 @@ def decode_picture(data: bytes, name: str, max_pixels: int) -> Image.Image:
     Raises:
         DataError: reasons as `open_image`.
     """
-    if not data:
-        raise DataError("image-empty", "expected an image, got 0 bytes; download the file again", name)
-    try:
-        with library_limit(max_pixels), Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-            check_image_size(*image.size, name=name, max_pixels=max_pixels)
-            image.load()
-            return to_rgb(image)
-    except DataError:
-        raise
-    except UnidentifiedImageError:
-        raise DataError(
-            "not-an-image", f"expected one of {', '.join(_FORMATS)}, got something else; download it again", name
-        ) from None
-    except Image.DecompressionBombError as error:
-        raise DataError("image-too-large", f"expected at most {max_pixels} pixels, got {error}", name) from None
-    # The library's decoders raise many types on damaged files.
-    except Exception as error:
-        raise DataError(
-            "image-corrupt", f"expected a complete image, got {type(error).__name__}: {error}; download it again", name
-        ) from error
+    with library_limit(max_pixels):
+        return decode_image(data, name, max_pixels)
 
 
 @contextmanager
