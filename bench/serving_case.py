@@ -3,6 +3,7 @@
 The quickstart's base model with latent steps, which never ends by itself: every answer has the length it was asked for.
 """
 
+import signal
 import sys
 import threading
 import time
@@ -33,6 +34,7 @@ def main() -> None:
     torch.set_num_threads(1)
     config = uvicorn.Config(make(int(sys.argv[1])), host="127.0.0.1", port=0, log_level="error", access_log=False)
     server = uvicorn.Server(config)
+    signal.signal(signal.SIGTERM, lambda *_: None)  # handed on after the server has drained
 
     def announce():
         while not server.started:

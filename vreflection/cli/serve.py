@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -66,6 +67,9 @@ def command(
         timeout_graceful_shutdown=int(drain_seconds) or None, server_header=False,
     )  # fmt: skip
     server = Announcing(config, settings)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # uvicorn drains first and then hands the signal on; that was all there was to do.
+        signal.signal(number, lambda *_: None)
     server.run()
     if not server.started:
         raise typer.Exit(1)
