@@ -13,7 +13,7 @@ def main() -> None:
     import typer
 
     from ..errors import CheckpointError, ConfigError, DataError, TrainingError
-    from . import ablate, convert, data, eval, info, quickstart, serve, train
+    from . import ablate, convert, data, eval, info, quickstart, serve, train, visualize
 
     app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
     app.command("quickstart")(quickstart.command)
@@ -22,6 +22,7 @@ def main() -> None:
     app.add_typer(data.app, name="data")
     app.add_typer(eval.app, name="eval")
     app.command("ablate")(ablate.command)
+    app.command("visualize")(visualize.command)
     app.command("serve")(serve.command)
     app.command("info")(info.command)
     try:

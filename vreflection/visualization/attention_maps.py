@@ -124,6 +124,17 @@ class Looks:
         """Per step, share of the attention inside a given box: on the tokens it covers under the window rule."""
         return share_in_box(self.maps[self.box_images[box]], self.boxes[box])
 
+    def boxes_of(self, image: int) -> list[Box]:
+        return [box for box, place in zip(self.boxes, self.box_images) if place == image]
+
+    def in_boxes(self, image: int = 0) -> list[float] | None:
+        """Per step, share inside any of an image's boxes; None without boxes."""
+        boxes, maps = self.boxes_of(image), self.maps[image]
+        if not boxes:
+            return None
+        inside = np.any([box_tokens(box, *maps.shape[1:]) for box in boxes], axis=0)
+        return maps[:, torch.from_numpy(inside)].sum(-1).tolist()
+
 
 def share_in_box(maps_Nhw: torch.Tensor, box: Sequence[float]) -> list[float]:
     """Per map, what lies on the tokens that a box covers under the window rule."""

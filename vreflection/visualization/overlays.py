@@ -122,7 +122,7 @@ def outline_box(image: Image.Image, box: Sequence[float]) -> Image.Image:
         raise ValueError(f"box must be x0, y0, x1, y1 with 0 <= x0 < x1 <= 1 (same in y); got {list(box)}")
     framed = image.convert("RGB").copy()
     width, height = framed.size
-    line = max(1, round(max(width, height) / 80))
+    line = max(1, round((width * height) ** 0.5 / 80))
     frame = [round(x0 * width), round(y0 * height), round(x1 * width) - 1, round(y1 * height) - 1]
     frame[2], frame[3] = max(frame[0], frame[2]), max(frame[1], frame[3])
     draw = ImageDraw.Draw(framed)
@@ -131,6 +131,16 @@ def outline_box(image: Image.Image, box: Sequence[float]) -> Image.Image:
         if corners[0] <= corners[2] and corners[1] <= corners[3]:
             draw.rectangle(corners, outline=colour, width=thickness)
     return framed
+
+
+def colour_strip(width: int, height: int) -> Image.Image:
+    """The overlay scale from 0 (left) to its top as a picture, as the colours look over a mid-grey photograph."""
+    import numpy as np
+    from PIL import Image
+
+    shares_W = np.linspace(0.0, 1.0, width)
+    line_WC = np.rint(255 * _tint(np.full(width, 0.5), shares_W)).astype(np.uint8)
+    return Image.fromarray(np.repeat(line_WC[None], height, axis=0))
 
 
 def colour_bar(vmax: float, label: str = "attention per token", stripes: int = 48) -> str:
