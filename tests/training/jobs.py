@@ -72,6 +72,10 @@ def run(job, folder):
     outcome = {}
     settings = job["settings"]
     extra = {"feature_cache": broken_features(job["broken_image"], settings)} if "broken_image" in job else {}
+    if job.get("draw_maps"):
+        from vreflection.visualization.look_figures import training_figure
+
+        extra["draw_maps"] = training_figure
 
     def on_step(done, total):
         print(f"pid {os.getpid()} step {done}", flush=True)

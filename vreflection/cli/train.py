@@ -38,13 +38,18 @@ def command(
         return
     from ..training.parallel import is_main_process
     from ..training.run import run_training
+    from ..visualization.look_figures import training_figure
     from .progress import PhaseBars, log_to_terminal, quiet_host_library
 
     quiet_host_library()
     main = is_main_process()
     log_to_terminal()
     with PhaseBars([("steps", 1.0)], settings.stage, quiet=as_json or not main) as bars:
-        result = run_training(settings, on_step=lambda done, total: bars.update("steps", done, total))
+        result = run_training(
+            settings,
+            on_step=lambda done, total: bars.update("steps", done, total),
+            draw_maps=training_figure,
+        )
     if not main:
         return
     last = next((row for row in reversed(result.history) if "loss" in row), {})

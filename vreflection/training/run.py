@@ -32,6 +32,7 @@ from .config import settings_dict
 from .features import feature_key, fill_feature_store
 from .folder import check_new_run, check_resumed_settings, claimed, read_progress, write_progress
 from .loader import TrainData, plan_data, run_length
+from .map_logging import DrawMaps, MapLogger, samples_with_boxes
 from .parallel import is_main_process, lost_peers_explained, resolve_parallel
 from .probe import HeldOutProbe
 from .settings import TrainSettings
@@ -81,6 +82,11 @@ def check_start(settings: TrainSettings, parallel: str) -> None:
         raise ConfigError("lora: adapters over bfloat16 weights need mixed precision; --set trainer.bf16=true")
     if settings.gauges.every and not settings.data.held_out:
         raise ConfigError("gauges.every: needs held-out rows; --set data.held_out=64, or a file of such rows")
+    if settings.gauges.maps_every and not (settings.data.held_out and STAGES[settings.stage].teacher):
+        raise ConfigError(
+            "gauges.maps_every: needs held-out rows (--set data.held_out=64, or a file of such rows) and a stage with "
+            f"the teacher, got data.held_out={settings.data.held_out!r} and stage {settings.stage!r}"
+        )
 
 
 def check_image_folder(settings: TrainSettings) -> str | None:
@@ -145,6 +151,7 @@ def run_training(
     on_step: Callable[[int, int], None] | None = None,
     callbacks: list[TrainerCallback] | None = None,
     handle_signals: bool = True,
+    draw_maps: DrawMaps | None = None,
 ) -> TrainResult:
     """Train one stage or control arm and save it to `settings.output`.
 
@@ -152,6 +159,7 @@ def run_training(
         samples: rows already read; otherwise `settings.data.train` is opened, and unusable rows are counted.
         feature_cache: visual tokens by image path, so that the frozen vision tower does not run again.
         on_step: called as `on_step(done, total)` after every optimizer step.
+        draw_maps: makes the figures of `gauges.maps_every`; see `map_logging.DrawMaps`.
         handle_signals: SIGTERM and the first Ctrl-C save a checkpoint after the current step and end the run.
 
     Raises:
@@ -162,6 +170,11 @@ def run_training(
     check_start(settings, parallel)
     if samples is None and not settings.data.train:
         raise ConfigError("data.train: expected a training file, got none; --set data.train=<file>")
+    if settings.gauges.maps_every and draw_maps is None:
+        raise ConfigError(
+            "gauges.maps_every: expected draw_maps with it, got none; vreflection train brings its own, from Python "
+            "pass vreflection.visualization.look_figures.training_figure"
+        )
     if parallel != "ddp" and "RANK" not in os.environ:
         raise ConfigError(
             f"parallel: {parallel} shares the work among processes; start with torchrun --nproc-per-node <GPUs> "
@@ -179,7 +192,7 @@ def run_training(
         )
     with claimed(Path(settings.output), is_main_process()):
         return run_claimed(
-            settings, args, parallel, resume_from, samples, feature_cache, on_step, callbacks, handle_signals
+            settings, args, parallel, resume_from, samples, feature_cache, on_step, callbacks, handle_signals, draw_maps
         )  # fmt: skip
 
 
@@ -193,6 +206,7 @@ def run_claimed(
     on_step: Callable[[int, int], None] | None,
     callbacks: list[TrainerCallback] | None,
     handle_signals: bool,
+    draw_maps: DrawMaps | None = None,
 ) -> TrainResult:
     """`run_training` after what can be checked at once."""
     _ = args.device  # joins the other processes; what loads the model may already need to know them
@@ -226,6 +240,10 @@ def run_claimed(
     )  # fmt: skip
     if settings.gauges.every:
         trainer.add_callback(HeldOutProbe(trainer, held_out_samples(dataset, data, settings), settings.gauges.every))
+    if settings.gauges.maps_every and draw_maps is not None:
+        held, chosen = held_out_rows(dataset, data, settings)
+        picked = samples_with_boxes(held.samples, chosen, held.usable, settings.gauges.maps_samples)
+        trainer.add_callback(MapLogger(trainer, picked, settings.gauges.maps_every, draw_maps))
 
     def extras(folder: Path) -> None:
         save_extras(folder, processor, settings)
@@ -260,16 +278,21 @@ def run_claimed(
 
 def held_out_samples(dataset: LatentDataset, data: TrainData, settings: TrainSettings) -> list[EncodedSample]:
     """The gauges' rows, encoded once; unusable ones are left out."""
-    if isinstance(settings.data.held_out, str):
-        rows = open_rows(settings.data.held_out, check_image_folder(settings))
-        dataset = dataset.with_samples(rows)
-        chosen: Sequence[int] = range(len(rows))
-    else:
-        chosen = data.held_out
-    encoded = dataset.usable(chosen)
+    held, chosen = held_out_rows(dataset, data, settings)
+    encoded = held.usable(chosen)
     if not encoded:
         raise DataError("no-rows", "data.held_out: none of the held-out rows is usable; the log says why for each")
     return encoded
+
+
+def held_out_rows(
+    dataset: LatentDataset, data: TrainData, settings: TrainSettings
+) -> tuple[LatentDataset, Sequence[int]]:
+    """Where the gauges' rows are, and which."""
+    if isinstance(settings.data.held_out, str):
+        rows = open_rows(settings.data.held_out, check_image_folder(settings))
+        return dataset.with_samples(rows), range(len(rows))
+    return dataset, data.held_out
 
 
 def use_feature_store(

@@ -137,13 +137,24 @@ class GaugeSettings:
     """Held-out check of what the latents do, every `every` steps and at the end; 0 turns it off.
 
     Needs `data.held_out` rows. What it measures: `vreflection.training.probe`.
+
+    Attributes:
+        maps_every: draw where `maps_samples` of those rows are looked at, every so many steps and at the end; 0 turns
+            it off (see `vreflection.training.map_logging`).
     """
 
     every: int = 0
+    maps_every: int = 0
+    maps_samples: int = 4
 
     def __post_init__(self):
         if self.every < 0:
             raise ConfigError(f"gauges.every: expected at least 0, got {self.every}")
+        if self.maps_every < 0 or self.maps_samples < 1:
+            raise ConfigError(
+                f"gauges: expected maps_every of at least 0 and maps_samples of at least 1, got {self.maps_every} and "
+                f"{self.maps_samples}"
+            )
 
 
 @dataclass(frozen=True)

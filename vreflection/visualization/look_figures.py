@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from PIL import Image, ImageDraw, ImageFont, features
 
 from ..data.atomic import atomic_write
@@ -18,7 +19,7 @@ from .svg import NARROW_SPACE, number
 
 PAPER, INK, QUIET, RULE = (251, 250, 248), (29, 33, 41), (86, 93, 107), (220, 217, 211)
 MARGIN, GAP = 24, 14
-TILE, FRAME_TILE = 200, 300  # sides of a square tile, px
+TILE, FRAME_TILE, TRAINING_TILE = 200, 300, 120  # sides of a square tile, px
 LEAST_WIDTH, MOST_WIDTH = 560, 1760  # of a figure, px; rows that need more are broken
 BAR_WIDTH, BAR_HEIGHT = 320, 14
 FRAME_MS = 700
@@ -135,8 +136,7 @@ def look_figure(
     top_weight = scale_top(rows, top)
     tiles = [tile(image, TILE) for image in images]
     cells = [_cell(row, tiles[row.image]) for row in rows]
-    wanted = max(len(row.panels) * (cell + GAP) - GAP for row, cell in zip(rows, cells)) + 2 * MARGIN
-    sheet = Sheet(min(max(wanted, LEAST_WIDTH, *(cell + 2 * MARGIN for cell in cells)), MOST_WIDTH))
+    sheet = Sheet(_sheet_width(rows, cells))
     _head(sheet, looks, question)
     for row, cell in zip(rows, cells):
         sheet.write(row.title[:1].upper() + row.title[1:], 16, space=8)
@@ -181,6 +181,26 @@ def look_frames(
     return frames
 
 
+def training_figure(
+    image: Image.Image, maps: Mapping[str, torch.Tensor], box: Sequence[float], title: str
+) -> Image.Image:
+    """Named maps `(Q, h, w)` of one box: a row of means beside the photograph, then one row per name, on one scale."""
+    means = [Panel("image and box"), *(Panel(f"{name}: mean", one.mean(0).numpy()) for name, one in maps.items())]
+    rows = [PanelRow("Means", 0, tuple(means))]
+    for name, one in maps.items():
+        panels = (Panel(f"query {number + 1}", heat.numpy()) for number, heat in enumerate(one))
+        rows.append(PanelRow(name, 0, tuple(panels)))
+    photo, top = tile(image, TRAINING_TILE), scale_top(rows)
+    cells = [_cell(row, photo) for row in rows]
+    sheet = Sheet(_sheet_width(rows, cells))
+    sheet.write(title, 16, most=2)
+    for row, cell in zip(rows, cells):
+        sheet.write(row.title[:1].upper() + row.title[1:], 15)
+        sheet.place([painted(photo, panel, [box], top) for panel in row.panels], [p.label for p in row.panels], cell)
+    sheet.scale(top, False)
+    return sheet.drawn()
+
+
 def write_figure(figure: Image.Image, path: Path) -> Path:
     """As PNG; readers see the old file or the whole new one."""
     with atomic_write(path) as file:
@@ -222,6 +242,11 @@ def _head(sheet: Sheet, looks: Looks, question: str) -> None:
     sheet.write(f"Attention: {looks.attention.title}", 14, QUIET, most=2, space=10)
 
 
+def _sheet_width(rows: Sequence[PanelRow], cells: Sequence[int]) -> int:
+    wanted = max(len(row.panels) * (cell + GAP) - GAP for row, cell in zip(rows, cells)) + 2 * MARGIN
+    return min(max(wanted, LEAST_WIDTH), max(MOST_WIDTH, *(cell + 2 * MARGIN for cell in cells)))
+
+
 def _cell(row: PanelRow, photo: Image.Image) -> int:
     return max(photo.width, *(text_width(panel.label, 14) for panel in row.panels))
 
@@ -238,6 +263,3 @@ def _progress(frame: Image.Image, step: int, steps: int) -> None:
         x = frame.width - MARGIN - (steps - place) * pitch
         y = frame.height - MARGIN - size
         draw.ellipse((x, y, x + min(size, pitch), y + size), fill=INK if place <= step else RULE)
-
-
-__all__ = ["Panel", "look_figure", "look_frames", "write_animation", "write_figure"]
