@@ -47,7 +47,7 @@ def command(
     except ImportError as error:
         raise ConfigError(f"serve: {error.name} is not installed; pip install 'vreflection[serve]'") from None
     from ..model.checkpoint import local_folder
-    from ..serving.examples import page_examples
+    from ..quickstart.page_examples import page_examples
     from ..serving.launch import load_served
     from ..serving.settings import ServeSettings
     from .progress import log_to_terminal, quiet_host_library
