@@ -134,18 +134,21 @@ class Gallery:
             file.write(made.encode())
         return True
 
-    def write(self, count: int) -> Path:
-        """The page of the cards made so far, of `count`; parts go once all are in it."""
+    def write(self, count: int) -> int:
+        """The page of the cards made so far, of `count`; parts go once all are in it. How many show maps."""
+        with_maps = 0
         found = [number for number in range(count) if self._part(number).exists()]
         head, foot = page_ends(self.facts, len(found))
         with atomic_write(self.path) as file:
             file.write(head.encode())
             for number in found:
-                file.write(self._part(number).read_bytes())
+                card = self._part(number).read_bytes()
+                with_maps += b'<div class="looks">' in card
+                file.write(card)
             file.write(foot.encode())
         if len(found) == count:
             shutil.rmtree(self.parts)
-        return self.path
+        return with_maps
 
     def _part(self, number: int) -> Path:
         return self.parts / f"{number:06d}.html"

@@ -21,7 +21,7 @@ from ..model.checkpoint import local_folder
 from ..model.modeling import VReflectionForConditionalGeneration
 from ..model.processor import VReflectionProcessor
 from ..model.weight_files import DTYPES
-from .attention_maps import Attention, Box, Looks, check_takes_latents, checked_box, look
+from .attention_maps import Attention, Box, check_takes_latents, checked_box, look
 from .look_figures import ANIMATIONS, look_figure, look_frames, write_animation, write_figure
 from .look_page import Gallery, PageFacts, render_card, write_look_page
 from .look_panels import KINDS
@@ -168,14 +168,11 @@ def run_gallery(settings: LookSettings, on_progress: Progress | None = None) -> 
     gallery = Gallery(settings.target, PageFacts(settings.model, model.config.stage, settings.rows.name), decides)
     decoder = LatentDecoder(model, max_batch_size=1, image_cache=0, share_prefixes=False)
     unusable: list[str] = []
-    outcome = {"maps": 0}
 
     def card(number: int, name: str) -> str:
         try:
             sample, _ = rows.parse(number)
-            made, found = sample_card(model, processor, decoder, sample, attention, settings, name)
-            outcome["maps"] += bool(found.steps)
-            return made
+            return sample_card(model, processor, decoder, sample, attention, settings, name)
         except DataError as error:
             if error.reason.startswith("file-"):
                 raise
@@ -184,14 +181,13 @@ def run_gallery(settings: LookSettings, on_progress: Progress | None = None) -> 
 
     try:
         for number in range(count):
-            if not gallery.card(number, lambda name, number=number: card(number, name)):
-                outcome["maps"] += 1
+            gallery.card(number, lambda name, number=number: card(number, name))
             if on_progress is not None:
                 on_progress(number + 1, count)
     finally:
         # An interrupted page shows what there is.
-        path = gallery.write(count)
-    return {"out": str(path), "rows": count, "with_maps": outcome["maps"], "unusable": unusable}
+        with_maps = gallery.write(count)
+    return {"out": str(settings.target), "rows": count, "with_maps": with_maps, "unusable": unusable}
 
 
 def sample_card(
@@ -202,7 +198,7 @@ def sample_card(
     attention: Attention,
     settings: LookSettings,
     name: str,
-) -> tuple[str, Looks]:
+) -> str:
     """A row's first question, asked and drawn."""
     images = [open_image(path) for path in sample.image_paths]
     text = sample.conversations[0].text
@@ -215,7 +211,7 @@ def sample_card(
     shown = re.sub(rf"\s*{IMAGE_PLACEHOLDER}\s*", " ", text).strip()
     expected = answers[-1].strip() if answers else None
     ident = sample.source or sample.question_id
-    return render_card(found, images, shown, name, ident, expected, settings.scale_max), found
+    return render_card(found, images, shown, name, ident, expected, settings.scale_max)
 
 
 def unusable_card(name: str, why: str) -> str:
