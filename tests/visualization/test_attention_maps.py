@@ -200,3 +200,16 @@ def test_checkpoints_without_student_or_latents(tiny):
 def test_boxes_that_are_none(box):
     with pytest.raises(DataError, match="as fractions of the image"):
         checked_box(box)
+
+
+def test_layers_that_were_not_seen_are_noticed(lab):
+    """As when another thread changes the model's attention in the middle of the forward."""
+    model, _, prompt, answer = lab
+    config = model.model.language_model.config
+    layer = model.model.language_model.layers[1]
+    handle = layer.register_forward_pre_hook(lambda *_: setattr(config, "_attn_implementation", "sdpa"))
+    try:
+        with pytest.raises(RuntimeError, match="expected to see 2 layers, saw 1"):
+            maps_of(model, prompt, answer, attention=Attention("language-model"))
+    finally:
+        handle.remove()

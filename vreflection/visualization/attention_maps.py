@@ -231,8 +231,8 @@ def maps_of(
 ) -> Looks:
     """Maps of a finished answer.
 
-    The student costs one small attention; the language model one more forward over prompt and answer, on the same
-    device, which other threads may not use the model's settings during.
+    The student costs one small attention; the language model one more forward over prompt and answer, during which no
+    other thread may run the model.
 
     Args:
         prompt: what was answered, with images; `with_features` saves a second run of the vision tower.
@@ -345,7 +345,9 @@ def _language_maps(model, embeds_LD, positions_3L, image, grids, generation, slo
     inside = torch.tensor(slots, device=device)
     answer[inside] = generation.latents.reshape(-1, answer.shape[-1]).to(answer)
     later = positions_3L.max() + 1 + torch.arange(count, device=device)
-    watch = Watch(length + inside, image, attention.layers, attention.heads, attention.rollout)
+    layers = attention.layers if attention.layers is None else tuple(sorted(set(attention.layers)))
+    seen = model.config.get_text_config().num_hidden_layers if layers is None else len(layers)
+    watch = Watch(length + inside, image, seen, layers, attention.heads, attention.rollout)
     decoder = model.model.language_model
     with watching(decoder):
         decoder(

@@ -30,12 +30,14 @@ class Watch:
     Args:
         rows: `(N,)` positions that look. columns: `(I,)` positions looked at.
         layers, heads: whose weights are averaged; all where None.
+        expected: layers that count; a forward that shows fewer is none to read maps off.
         rollout: attention rollout (Abnar and Zuidema 2020) instead: with A the head-averaged weights of a layer, the
             rows of the product of (A + 1) / 2 over all layers, the first one rightmost.
     """
 
     rows: torch.Tensor
     columns: torch.Tensor
+    expected: int
     layers: Sequence[int] | None = None
     heads: Sequence[int] | None = None
     rollout: bool = False
@@ -44,8 +46,11 @@ class Watch:
 
     def weights(self) -> torch.Tensor:
         """`(N, I)` float32, after the forward."""
-        if self.total is None:
-            raise RuntimeError("no layer was seen: run the language model with this watch first")
+        if self.total is None or self.seen != self.expected:
+            raise RuntimeError(
+                f"watched attention: expected to see {self.expected} layers, saw {self.seen}; does another thread run "
+                "the model, or does a layer not use the host library's attention?"
+            )
         return self.total[self.rows] if self.rollout else self.total / self.seen
 
     def see(self, layer: int, query_HLE: torch.Tensor, key_GLE: torch.Tensor, scale: float) -> None:
@@ -95,7 +100,7 @@ def watched_attention(
 
 @contextmanager
 def watching(decoder: nn.Module) -> Iterator[None]:
-    """The decoder's layers use `watched_attention`. Other threads that run the model meanwhile get plain `sdpa`."""
+    """The decoder's layers use `watched_attention`; no other thread may run them meanwhile."""
     config = decoder.config
     chosen = config._attn_implementation
     config._attn_implementation = WATCHED_ATTENTION  # pyright: ignore[reportAttributeAccessIssue]
