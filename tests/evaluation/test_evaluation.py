@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 from transformers import GenerationConfig
 
+from vreflection.data.boxes import box_mask
 from vreflection.data.images import open_image
 from vreflection.data.template import Turn
 from vreflection.data.visual_cot import Sample
 from vreflection.evaluation.latents import (
-    box_mask,
     cosine_to_teacher,
     free_running_maps,
     grounding,

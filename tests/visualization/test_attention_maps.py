@@ -7,13 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
+from vreflection.data.boxes import box_mask
 from vreflection.engine.decoder import LatentDecoder
 from vreflection.engine.requests import Generation, Prompt
 from vreflection.errors import ConfigError, DataError
 from vreflection.visualization import attention_record
 from vreflection.visualization.attention_maps import (
     Attention,
-    box_tokens,
     checked_box,
     finished_slots,
     look,
@@ -136,7 +136,7 @@ def test_maps_sum_to_one_whatever_the_image(tiny, source, size):
     torch.testing.assert_close(maps.sum((1, 2)), torch.ones(tiny.SLOTS))
     torch.testing.assert_close(teacher.sum((1, 2)), torch.ones(tiny.SLOTS))
     assert (maps.shape[1] > maps.shape[2]) == (size[1] > size[0])
-    outside = ~torch.from_numpy(box_tokens(BOX, *teacher.shape[1:]))
+    outside = ~torch.from_numpy(box_mask(BOX, *teacher.shape[1:]))
     assert float(teacher[:, outside].abs().sum()) == 0.0
 
 
@@ -144,7 +144,7 @@ def test_share_in_a_box_by_hand():
     maps = torch.zeros(2, 4, 4)
     maps[0, 1, 1], maps[0, 3, 3] = 0.75, 0.25
     maps[1, 0, 0], maps[1, 2, 2] = 0.5, 0.5
-    assert box_tokens((0.25, 0.25, 0.75, 0.75), 4, 4).nonzero()[0].tolist() == [1, 1, 2, 2]
+    assert box_mask((0.25, 0.25, 0.75, 0.75), 4, 4).nonzero()[0].tolist() == [1, 1, 2, 2]
     assert share_in_box(maps, (0.25, 0.25, 0.75, 0.75)) == [0.75, 0.5]
 
 

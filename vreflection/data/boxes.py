@@ -60,6 +60,14 @@ def window_token_rects(boxes: ArrayLike, grids_hw: ArrayLike) -> np.ndarray:
     return rects_B4
 
 
+def box_mask(box: Sequence[float], height: int, width: int) -> np.ndarray:
+    """Tokens a box covers under the window rule, `(h, w)` bool."""
+    (top, bottom, left, right) = window_token_rects([box], [height * MERGE_SIZE, width * MERGE_SIZE])[0]
+    mask = np.zeros((height, width), dtype=bool)
+    mask[top:bottom, left:right] = True
+    return mask
+
+
 def box_to_token_indices(box: Sequence[float], grid_thw: Sequence[int]) -> list[int]:
     """Row-major indices of the visual tokens a box covers within its own image, by the window rule.
 

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
+from ..data.boxes import box_mask
 from ..data.encode import ImageTokens
 from ..data.visual_cot import Sample
 from ..model.modeling import VReflectionForConditionalGeneration
-from ..ops import window_token_rects
 from ..ops.regions import MERGE_SIZE
 from .questions import Decoded, expected_answer
 
@@ -66,15 +66,6 @@ def effective_rank(rows: torch.Tensor) -> float:
         return 0.0
     share = energy / energy.sum()
     return float(torch.exp(-torch.xlogy(share, share).sum()))
-
-
-def box_mask(box: Sequence[float], height: int, width: int) -> np.ndarray:
-    """Tokens a box covers under the window rule, `(h, w)` bool."""
-    grid = [[height * MERGE_SIZE, width * MERGE_SIZE]]
-    top, bottom, left, right = window_token_rects(np.asarray([box]), np.asarray(grid))[0]
-    mask = np.zeros((height, width), dtype=bool)
-    mask[top:bottom, left:right] = True
-    return mask
 
 
 def grounding(maps: Sequence[torch.Tensor], boxes: Sequence[Sequence]) -> dict[str, float]:

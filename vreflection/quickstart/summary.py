@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..data.boxes import box_mask
 from ..data.visual_cot import Sample
-from ..evaluation.latents import box_mask
 from .notes import NOTES_PER_IMAGE, QUESTION
 
 CHANCE = 0.1

@@ -234,7 +234,7 @@ class ChatService:
                 self.worker.cancel(choice.ticket)
 
     async def pieces(self, job: Job, choice: Choice) -> AsyncIterator[tuple[str, str]]:
-        """What a choice emits: `("text", piece)`, `("latent", step)`, `("span", "")` after one; ends with the answer."""
+        """What a choice emits: `("text", piece)`, `("latent", step)`, `("span", "")` after one; until it is whole."""
         while choice.finish is None:
             event: Emitted = await choice.queue.get()
             if job.first is None:

@@ -17,13 +17,13 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..data.boxes import box_mask
 from ..engine.decoder import LatentDecoder
 from ..engine.requests import Generation, Prompt
 from ..engine.steps import eval_mode
 from ..errors import ConfigError, DataError
 from ..model.modeling import VReflectionForConditionalGeneration
 from ..model.processor import VReflectionProcessor
-from ..ops import window_token_rects
 from ..ops.regions import MERGE_SIZE
 from .attention_record import Watch, watching
 
@@ -132,23 +132,14 @@ class Looks:
         boxes, maps = self.boxes_of(image), self.maps[image]
         if not boxes:
             return None
-        inside = np.any([box_tokens(box, *maps.shape[1:]) for box in boxes], axis=0)
+        inside = np.any([box_mask(box, *maps.shape[1:]) for box in boxes], axis=0)
         return maps[:, torch.from_numpy(inside)].sum(-1).tolist()
 
 
 def share_in_box(maps_Nhw: torch.Tensor, box: Sequence[float]) -> list[float]:
     """Per map, what lies on the tokens that a box covers under the window rule."""
-    mask = torch.from_numpy(box_tokens(box, *maps_Nhw.shape[1:]))
+    mask = torch.from_numpy(box_mask(box, *maps_Nhw.shape[1:]))
     return maps_Nhw[:, mask].sum(-1).tolist()
-
-
-def box_tokens(box: Sequence[float], height: int, width: int) -> np.ndarray:
-    """Tokens a box covers under the window rule, `(h, w)` bool."""
-    grid = [[height * MERGE_SIZE, width * MERGE_SIZE]]
-    top, bottom, left, right = window_token_rects(np.asarray([box]), np.asarray(grid))[0]
-    mask = np.zeros((height, width), dtype=bool)
-    mask[top:bottom, left:right] = True
-    return mask
 
 
 def checked_box(box: Sequence[float], name: str = "box") -> Box:
