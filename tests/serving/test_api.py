@@ -22,11 +22,11 @@ def alone(server, text="which?", images=(), **settings):
     from vreflection.data.template import ChatTurn
     from vreflection.engine.decoder import LatentDecoder
     from vreflection.engine.requests import Prompt
-    from vreflection.serving.media import decode_image
+    from vreflection.serving.media import decode_image, image_bytes
 
     service = server.service
     decoder = LatentDecoder(service.decoder.model, max_batch_size=1)
-    opened = [decode_image(url, service.settings, "x") for url in images]
+    opened = [decode_image(image_bytes(url, service.settings, "x"), service.settings, "x") for url in images]
     encoded = encode_chat([ChatTurn("user", [None] * len(opened) + [text])], service.processor, opened)
     given = {"do_sample": False, "repetition_penalty": 1.0, "max_new_tokens": 12, "return_latents": True, **settings}
     return decoder.generate([Prompt.of(encoded)], **given)[0]
@@ -398,3 +398,22 @@ def test_looks_come_as_soon_as_a_span_is_whole(serve, tools, parts):
             client(server).chat.completions.create(**given, extra_body=bad)
         text = client(server).chat.completions.create(model="tiny", messages=[tools.user()], extra_body=latent)
         assert "maps" not in text.choices[0].latent  # nothing to look at
+
+
+def test_images_sent_again_are_not_opened_again(serve, tools, monkeypatch):
+    from vreflection.serving import chat
+
+    opened = []
+    real = chat.decode_image
+    monkeypatch.setattr(chat, "decode_image", lambda *given: opened.append(1) or real(*given))
+    one = 4 * 6 * 1176 * 4  # bytes of an image's patches
+    with serve(image_cache=2 * one) as server:
+        ask = lambda seed: client(server).chat.completions.create(  # noqa: E731
+            model="tiny", messages=[tools.user("which?", tools.picture(seed), tools.picture(3))]
+        )
+        first = ask(3)
+        assert len(opened) == 1 and ask(3).choices[0].message == first.choices[0].message and len(opened) == 1
+        for seed in (4, 5, 6):  # two fit
+            ask(seed)
+        assert len(opened) == 4 and server.service.pictures.held <= 2 * one
+        assert ask(3).choices[0].message == first.choices[0].message

@@ -51,7 +51,8 @@ def test_a_public_image_is_fetched_once_by_the_checked_address(site, monkeypatch
     allow_loopback(monkeypatch)
     assert media.fetch(f"http://pictures.example:{port}/image?a=1", REMOTE, "p") == content
     assert seen[-1] == ("/image?a=1", f"pictures.example:{port}")
-    assert media.decode_image(f"http://pictures.example:{port}/image", REMOTE, "p").size == (84, 56)
+    found = media.image_bytes(f"http://pictures.example:{port}/image", REMOTE, "p")
+    assert media.decode_image(found, REMOTE, "p").size == (84, 56)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +96,7 @@ def test_public_targets_are_taken_as_they_were_resolved():
 )  # fmt: skip
 def test_malformed_and_local_addresses(url):
     with pytest.raises(ApiError) as raised:
-        media.decode_image(url, REMOTE, "p")
+        media.image_bytes(url, REMOTE, "p")
     assert raised.value.status == 400 and raised.value.param == "p"
 
 
@@ -107,4 +108,4 @@ def test_a_site_that_does_not_answer(monkeypatch):
 
 def test_remote_images_are_off_by_default():
     with pytest.raises(ApiError, match="expected data:image/…;base64,…, got 'https://example.org/a.png'"):
-        media.decode_image("https://example.org/a.png", ServeSettings(), "p")
+        media.image_bytes("https://example.org/a.png", ServeSettings(), "p")

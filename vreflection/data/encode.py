@@ -172,7 +172,7 @@ def encode_prompt(
 def encode_chat(
     turns: Sequence[ChatTurn],
     processor: SampleProcessor,
-    images: Sequence[Image.Image] = (),
+    images: Sequence[Image.Image | Mapping[str, Tensor]] = (),
     *,
     system: str = SYSTEM_PROMPT,
     max_length: int | None = None,
@@ -181,7 +181,8 @@ def encode_chat(
     """Encode a conversation that the model is to go on with.
 
     Args:
-        turns: see `chat_segments`. images: in the order of their places in the turns.
+        turns: see `chat_segments`. images: in the order of their places in the turns; or what `process_images` made
+            of each.
         system: text of the system turn; the default is the one of training.
         max_length, source: see `encode_prompt`.
 
@@ -189,7 +190,11 @@ def encode_chat(
         DataError: turns out of order, special tokens in the text, images that do not match, or `too-long`.
     """
     segments = chat_segments(turns, system)
-    prepared = _prepare_images(images, processor, None, source)
+    if images and all(isinstance(image, Mapping) for image in images):
+        names = ("pixel_values", "image_grid_thw")
+        prepared = {name: torch.cat([image[name] for image in images]) for name in names}  # pyright: ignore
+    else:
+        prepared = _prepare_images(images, processor, None, source)  # pyright: ignore[reportArgumentType]
     places = sum(part is None for turn in turns for part in turn.parts)
     return _assemble(segments, places, prepared, processor, max_length, source)
 

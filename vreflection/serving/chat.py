@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import hashlib
+import threading
 import time
 import uuid
 import warnings
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -20,7 +23,7 @@ from ..data.template import SYSTEM_PROMPT, ChatTurn
 from ..engine.requests import Emitted, Generation, Prompt, Request
 from ..errors import ConfigError, DataError
 from .errors import ApiError, bad, overloaded
-from .media import decode_image
+from .media import decode_image, image_bytes
 from .schema import ChatRequest, Hidden, LatentField
 from .settings import ServeSettings
 from .text_stream import TextStream
@@ -73,6 +76,7 @@ class ChatService:
         self.decoder = worker.decoder
         self.config = self.decoder.model.config
         self.in_work = 0
+        self.pictures = Pictures(processor, settings)
         # Clients choose the steps; the log is not theirs. Set once: the filters belong to all threads.
         warnings.filterwarnings("ignore", message="decoding with .* latent steps")
         self.readers = ThreadPoolExecutor(2, thread_name_prefix="images")
@@ -209,13 +213,14 @@ class ChatService:
             urls += [(url, place) for url in found]
         if len(urls) > self.settings.max_images:
             raise bad(f"messages: expected at most {self.settings.max_images} images, got {len(urls)}", "messages")
-        images = [decode_image(url, self.settings, place) for url, place in urls]
+        pictures = [self.pictures.of(url, place) for url, place in urls]
+        images = [made for _, made in pictures]
         try:
             encoded = encode_chat(turns, self.processor, images, system=system, max_length=self.settings.max_length)
         except DataError as error:
             code = {"too-long": "context_length_exceeded"}.get(error.reason, error.reason)
             raise bad(f"messages: {error.message}", "messages", code) from None
-        return Prompt.of(encoded)
+        return replace(Prompt.of(encoded), image_keys=tuple(key for key, _ in pictures) if pictures else None)
 
     # Decoding
 
@@ -309,6 +314,42 @@ class ChatService:
         held = replace(row, answer=replace(row.answer, tokens=list(row.answer.tokens), latent=list(row.answer.latent)))
         held.collect()
         return held.answer
+
+
+class Pictures:
+    """Images as patches, the last ones kept: conversations and comparisons send the same image again and again."""
+
+    def __init__(self, processor, settings: ServeSettings):
+        self.processor, self.settings = processor, settings
+        self.lock = threading.Lock()
+        self.kept: OrderedDict[str, dict[str, torch.Tensor]] = OrderedDict()
+        self.held = 0  # bytes
+
+    def of(self, url: str, param: str) -> tuple[str, dict[str, torch.Tensor]]:
+        """A key of the image's bytes, and `process_images` of it.
+
+        Raises:
+            ApiError: nothing usable there.
+        """
+        content = image_bytes(url, self.settings, param)
+        key = hashlib.blake2b(content, digest_size=16).hexdigest()
+        with self.lock:
+            if key in self.kept:
+                self.kept.move_to_end(key)
+                return key, self.kept[key]
+        image = decode_image(content, self.settings, param)
+        try:
+            made = self.processor.process_images([image])
+        except DataError as error:
+            raise bad(f"not a usable image ({error.reason}): {error.message}", param, "invalid_image") from None
+        with self.lock:
+            if key not in self.kept:
+                self.kept[key] = made
+                self.held += made["pixel_values"].nbytes
+            while self.held > self.settings.image_cache and len(self.kept) > 1:
+                _, old = self.kept.popitem(last=False)
+                self.held -= old["pixel_values"].nbytes
+        return key, made
 
 
 def parts_of(content, urls: list[str]) -> list[str | None]:

@@ -21,19 +21,26 @@ _DATA = re.compile(r"data:(image/[a-z0-9.+-]{1,40})?((?:;[a-z0-9-]+=[^;,]{0,100}
 Resolver = Callable[[str, int], list[str]]
 
 
-def decode_image(url: str, settings: ServeSettings, param: str) -> Image.Image:
-    """The image behind an `image_url`, as RGB.
+def image_bytes(url: str, settings: ServeSettings, param: str) -> bytes:
+    """What is behind an `image_url`.
 
     Raises:
-        ApiError: not an address of an allowed kind, or no usable image there.
+        ApiError: not an address of an allowed kind, or nothing there.
     """
     if url[:5].lower() == "data:":
-        content = data_bytes(url, param)
-    elif settings.remote_images and url[:8].lower().startswith(("http://", "https://")):
-        content = fetch(url, settings, param)
-    else:
-        allowed = "data:image/…;base64,…" + (" or an http(s) address" if settings.remote_images else "")
-        raise bad(f"expected {allowed}, got {url[:40]!r}; send the image's bytes", param, "invalid_image_url")
+        return data_bytes(url, param)
+    if settings.remote_images and url[:8].lower().startswith(("http://", "https://")):
+        return fetch(url, settings, param)
+    allowed = "data:image/…;base64,…" + (" or an http(s) address" if settings.remote_images else "")
+    raise bad(f"expected {allowed}, got {url[:40]!r}; send the image's bytes", param, "invalid_image_url")
+
+
+def decode_image(content: bytes, settings: ServeSettings, param: str) -> Image.Image:
+    """An image's bytes as RGB.
+
+    Raises:
+        ApiError: no usable image.
+    """
     try:
         return images.decode_image(content, "the request", settings.max_pixels)
     except DataError as error:

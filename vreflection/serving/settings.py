@@ -19,7 +19,7 @@ class ServeSettings:
         batch_size: answers decoded together. max_queue: answers that may wait beyond those.
         max_length: tokens of prompt and answer, latents included. default_tokens, max_tokens: of an answer.
         max_body: bytes of a request. max_images: per request. max_pixels: per image, before it is resized.
-        max_choices: `n` of a request. max_stops: stop texts of a request.
+        image_cache: bytes of images kept as patches. max_choices: `n` of a request. max_stops: stop texts of a request.
         other_latent_steps: allow numbers of latent steps the checkpoint was not trained with, up to `max_latent_steps`.
         remote_images: fetch http(s) image addresses; private and loopback targets and redirects never.
         fetch_seconds: for one of them. drain_seconds: for running answers when told to stop.
@@ -38,6 +38,7 @@ class ServeSettings:
     max_body: int = 64 * 2**20
     max_images: int = 8
     max_pixels: int = 40_000_000
+    image_cache: int = 256 * 2**20
     max_choices: int = 8
     max_stops: int = 4
     other_latent_steps: bool = False
