@@ -15,13 +15,13 @@ quickstart: $(INSTALLED)
 # imported differently by the kernel tests, so they are processes of their own, in the half that also starts processes.
 test: $(INSTALLED)
 	@log=$$(mktemp); $(MAKE) --no-print-directory test-processes > $$log 2>&1 & processes=$$!; \
-	OMP_NUM_THREADS=1 COVERAGE_FILE=.coverage.main $(BIN)/python -m pytest $(PYTEST_ARGS) --ignore tests/training; main=$$?; \
+	OMP_NUM_THREADS=1 COVERAGE_FILE=.coverage.main $(BIN)/python -m pytest $(PYTEST_ARGS) --ignore tests/training --ignore tests/evaluation; main=$$?; \
 	wait $$processes; processes=$$?; cat $$log; rm -f $$log; \
 	test $$main -eq 0 && test $$processes -eq 0
 
 test-processes: $(INSTALLED)
 	@$(MAKE) --no-print-directory test-kernels
-	OMP_NUM_THREADS=1 COVERAGE_FILE=.coverage.processes $(BIN)/python -m pytest $(PROCESS_ARGS) tests/training
+	OMP_NUM_THREADS=1 COVERAGE_FILE=.coverage.processes $(BIN)/python -m pytest $(PROCESS_ARGS) tests/training tests/evaluation
 
 test-kernels: $(INSTALLED)
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m interpreter tests/kernels tests/ops tests/engine

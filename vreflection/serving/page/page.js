@@ -66,8 +66,9 @@ function setBox(box) {
 
 function typedBox() {
   const values = ["x0", "y0", "x1", "y1"].map((id) => ($(id).value === "" ? NaN : Number($(id).value) / 100));
-  if (values.some((value) => !(value >= 0 && value <= 1)) || values[0] >= values[2] || values[1] >= values[3]) return;
-  setBox(values);
+  const wrong = values.some((value) => !(value >= 0 && value <= 1)) || values[0] >= values[2] || values[1] >= values[3];
+  for (const id of ["x0", "y0", "x1", "y1"]) $(id).setAttribute("aria-invalid", wrong);
+  if (!wrong) setBox(values);
 }
 
 function openImage(url) {
@@ -80,8 +81,11 @@ function openImage(url) {
 }
 
 async function setImage(url, box = null) {
+  state.wanted = url;
   try {
-    state.image = await openImage(url);
+    const image = await openImage(url);
+    if (state.wanted !== url) return;  // another one was chosen meanwhile
+    state.image = image;
     state.url = url;
     fail("");
     setBox(box);
@@ -105,6 +109,8 @@ function listenToImage() {
   }
   for (const kind of ["dragleave", "drop"]) drop.addEventListener(kind, () => drop.classList.remove("over"));
   drop.addEventListener("drop", (event) => { event.preventDefault(); readFile(event.dataTransfer.files[0]); });
+  // Beside the zone the browser would leave this page for the file.
+  for (const kind of ["dragover", "drop"]) document.addEventListener(kind, (event) => event.preventDefault());
   document.addEventListener("paste", (event) => {
     const file = [...event.clipboardData.files].find((one) => one.type.startsWith("image/"));
     if (file) { event.preventDefault(); readFile(file); }
@@ -134,6 +140,7 @@ function listenToImage() {
 
 class Card {
   constructor(title, question, image, url) {
+    this.whole = false;
     this.element = $("card").content.firstElementChild.cloneNode(true);
     this.image = image;
     this.url = url;
@@ -155,8 +162,10 @@ class Card {
   progress(words) { this.part(".progress").textContent = words; }
 
   add(piece) {
-    this.text += piece;
-    this.part(".answer").textContent = this.text.trimStart();
+    const shown = this.text ? piece : piece.trimStart();
+    this.text += shown;
+    // New text nodes only: a screen reader says what is new, not the whole answer again.
+    if (shown) this.part(".answer").append(shown);
   }
 
   looks(latent) {
@@ -165,7 +174,10 @@ class Card {
       this.part(".keep").hidden = false;
     }
     const maps = latent.maps && latent.maps.images && latent.maps.images[0];
-    if (!maps || !maps.steps.length || !this.image) return;
+    if (!maps || !maps.steps.length || !this.image) {
+      if (latent.maps) this.part(".nolooks").textContent = "This answer opened no latent span: there is no look to show.";
+      return;
+    }
     this.maps = maps;
     this.most = Math.max(...maps.steps.map((step) => Math.max(...step)));
     this.mean = maps.steps[0].map((_, i) => maps.steps.reduce((sum, step) => sum + step[i], 0) / maps.steps.length);
@@ -262,7 +274,7 @@ async function ask(title, question, latent) {
   } catch (error) {
     card.progress(error.name === "AbortError" ? "stopped" : "failed");
     if (error.name !== "AbortError") {
-      fail(error instanceof TypeError ? "The server does not answer. Is it still running?" : error.message);
+      fail(error instanceof TypeError ? await silence() : error.message);
       if (!card.text) { card.element.remove(); state.cards.delete(card); }
     }
   } finally {
@@ -274,9 +286,23 @@ async function ask(title, question, latent) {
 async function refusal(response) {
   let told;
   try { told = (await response.json()).error.message; } catch { told = ""; }
-  if (response.status === 401) { $("keyline").hidden = false; $("key").focus(); return "This server asks for an API key."; }
+  if (response.status === 401) {
+    $("keyline").hidden = false;
+    $("key").focus();
+    return $("key").value ? "The server does not take this API key." : "This server asks for an API key.";
+  }
   if (response.status === 429) return `The server is busy: ${told}`;
   return told || `The server answered with status ${response.status}.`;
+}
+
+// A refused upload and a server that is gone look the same to fetch.
+async function silence() {
+  try {
+    await fetch("/health");
+    return "The server closed the connection; the image may be larger than it takes.";
+  } catch {
+    return "The server does not answer. Is it still running?";
+  }
 }
 
 async function follow(response, card) {
@@ -285,11 +311,15 @@ async function follow(response, card) {
   let rest = "";
   for (;;) {
     const { done, value } = await reader.read();
-    if (done) return;
+    if (done) {
+      if (!card.whole) throw new Error("The answer broke off; ask again.");
+      return;
+    }
     const lines = (rest + decoder.decode(value, { stream: true })).split("\n");
     rest = lines.pop();
     for (const line of lines) {
-      if (!line.startsWith("data: ") || line === "data: [DONE]") continue;
+      if (line === "data: [DONE]") card.whole = true;
+      if (!line.startsWith("data: ") || card.whole) continue;
       take(JSON.parse(line.slice(6)), card);
     }
   }
@@ -328,7 +358,8 @@ function submit(event) {
   event.preventDefault();
   fail("");
   const question = $("question").value.trim();
-  if (!question || !state.model) return;
+  if (!question) { fail("Type a question first."); return; }
+  if (!state.model) { fail("The server has not answered yet; try again in a moment."); return; }
   const latents = state.model.latent_steps > 0;
   const mode = document.querySelector("input[name=mode]:checked").value;
   const force = $("force").checked ? { force: true } : {};
@@ -367,7 +398,7 @@ async function about() {
     show(await response.json());
     fail("");
   } catch (error) {
-    fail(error instanceof TypeError ? "The server does not answer. Is it still running?" : error.message);
+    fail(error instanceof TypeError ? await silence() : error.message);
   }
 }
 
@@ -377,8 +408,9 @@ function show({ model, maps, examples }) {
   const latents = model.latent_steps > 0;
   $("model").textContent = `${model.id}, stage ${model.stage}, ` + (latents ? `${model.latent_steps} latent steps` : "no latent steps");
   document.querySelectorAll("input[name=mode], #force").forEach((input) => { input.disabled = !latents; });
-  $("nolatents").hidden = latents;
-  $("nolatents").textContent = "This checkpoint was trained without latent steps: there is nothing to switch.";
+  $("nolatents").hidden = latents && maps;
+  $("nolatents").textContent = latents ? "This server shows no looks."
+    : "This checkpoint was trained without latent steps: there is nothing to switch.";
   $("examples").replaceChildren(...examples.map((example) => {
     const button = document.createElement("button");
     button.type = "button";
