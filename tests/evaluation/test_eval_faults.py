@@ -19,13 +19,17 @@ from vreflection.evaluation.benchmarks import BENCHMARKS
 
 ALL = ",".join(BENCHMARKS)
 ITEMS = 50
-# The command itself, slowed down so that there is a moment to kill it in.
+# The command itself, slowed down so that there is a moment to kill it in; after `HOLD` answers it waits for that.
 SLOW = """
-import sys, time
+import os, time
 from vreflection.cli import main
 from vreflection.evaluation.raw_files import RawWriter
-write = RawWriter.write
-RawWriter.write = lambda self, answer: (write(self, answer), time.sleep(0.02))[0]
+write, left = RawWriter.write, [int(os.environ.get("HOLD", "1000"))]
+def slowly(self, answer):
+    write(self, answer)
+    left[0] -= 1
+    time.sleep(0.02 if left[0] > 0 else 120)
+RawWriter.write = slowly
 main()
 """
 # The high-water mark since this program began; what getrusage tells is also that of the process it was forked from.
@@ -73,8 +77,8 @@ def start():
     """Start a Python process; those still running at the end are killed."""
     running = []
 
-    def started(*words):
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    def started(*words, hold=1000):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HOLD": str(hold)}
         process = subprocess.Popen(
             [sys.executable, *words], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
@@ -109,8 +113,9 @@ def reference(tmp_path_factory, checkpoint, demo_root, short):
 
 def test_killed_interrupted_and_resumed_is_as_uninterrupted(start, arguments, evaluate, tmp_path, reference):
     out, dice = tmp_path / "run", random.Random(os.getpid())
-    killed = start("-c", SLOW, *arguments(out))
-    wait_for_answers(killed, out, dice.randint(1, 20))
+    wanted = dice.randint(1, 20)
+    killed = start("-c", SLOW, *arguments(out), hold=wanted + 4)
+    wait_for_answers(killed, out, wanted)
     time.sleep(dice.random() * 0.1)
     other = evaluate(out, benchmarks=ALL)
     assert other.returncode == 2 and f"is being worked on by process {killed.pid}" in other.stderr
@@ -119,8 +124,9 @@ def test_killed_interrupted_and_resumed_is_as_uninterrupted(start, arguments, ev
     kept = whole_lines(out)
     assert kept < ITEMS
 
-    interrupted = start("-c", SLOW, *arguments(out, "--batch-size", "3"))
-    wait_for_answers(interrupted, out, kept + dice.randint(1, 10))
+    wanted = dice.randint(1, 10)
+    interrupted = start("-c", SLOW, *arguments(out, "--batch-size", "3"), hold=wanted + 4)
+    wait_for_answers(interrupted, out, kept + wanted)
     interrupted.send_signal(signal.SIGINT)
     _, said = interrupted.communicate(timeout=60)
     assert interrupted.returncode == 1 and "run the same command again to go on" in said and "Traceback" not in said
@@ -133,7 +139,8 @@ def test_killed_interrupted_and_resumed_is_as_uninterrupted(start, arguments, ev
 
 def test_shards_side_by_side_one_of_them_killed(start, arguments, tmp_path, reference):
     out = tmp_path / "run"
-    first, second = (start("-c", SLOW, *arguments(out, "--shard", f"{index}/2")) for index in (0, 1))
+    held = {0: 8, 1: 1000}
+    first, second = (start("-c", SLOW, *arguments(out, "--shard", f"{n}/2"), hold=held[n]) for n in (0, 1))
     wait_for_answers(first, out, 5)
     first.kill()
     _, said = second.communicate(timeout=120)
