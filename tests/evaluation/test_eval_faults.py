@@ -72,6 +72,11 @@ def arguments(checkpoint, demo_root, short):
     return made
 
 
+def heed_interrupts():
+    """Shells start background jobs deaf to interrupts, and their children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.fixture
 def start():
     """Start a Python process; those still running at the end are killed."""
@@ -80,8 +85,9 @@ def start():
     def started(*words, hold=1000):
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HOLD": str(hold)}
         process = subprocess.Popen(
-            [sys.executable, *words], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
+            [sys.executable, *words], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            preexec_fn=heed_interrupts,
+        )  # fmt: skip
         running.append(process)
         return process
 
