@@ -13,7 +13,7 @@ def main() -> None:
     import typer
 
     from ..errors import CheckpointError, ConfigError, DataError, TrainingError
-    from . import ablate, convert, data, eval, info, quickstart, serve, train, visualize
+    from . import ablate, bench, convert, data, eval, info, quickstart, serve, train, visualize
 
     app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
     app.command("quickstart")(quickstart.command)
@@ -24,6 +24,7 @@ def main() -> None:
     app.command("ablate")(ablate.command)
     app.command("visualize")(visualize.command)
     app.command("serve")(serve.command)
+    app.add_typer(bench.app, name="bench")
     app.command("info")(info.command)
     try:
         app()

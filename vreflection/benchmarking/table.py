@@ -1,0 +1,109 @@
+"""Rows as one Markdown table: where ours loses first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from .rows import Row
+
+_HEAD = ("case", "dtype", "ours", "against", "ratio", "p20 to p80", "of speed of light", "others")
+
+
+def report_text(rows: Sequence[Row]) -> str:
+    """Table of all rows: losing ones, then the others in the order they ran; memory and other figures below."""
+    timed = [row for row in rows if row.hardest is not None]
+    losing = sorted((row for row in timed if row.loses), key=_ratio)
+    winning = [row for row in timed if not row.loses]
+    lines = [*_machine(rows), ""]
+    lines += [f"## Losing rows: {len(losing)} of {len(timed)}", ""]
+    lines += _table(losing) if losing else ["none"]
+    lines += ["", "## Other rows", "", *(_table(winning) if winning else ["none"])]
+    for title, found in (("Memory", _memory(rows)), ("Parts and other figures", _figures(rows))):
+        if found:
+            lines += ["", f"## {title}", "", *found]
+    return "\n".join(lines) + "\n"
+
+
+def short_text(rows: Sequence[Row], width: int = 150) -> str:
+    """One line per timed row, losing ones first, cut to `width` characters: for the end of a log."""
+    timed = sorted((row for row in rows if row.hardest is not None), key=lambda row: not row.loses)
+    lines = []
+    for row in timed:
+        assert row.ours and row.hardest
+        lost = "LOSES " if row.loses else ""
+        light = f", {_share(row)} of SoL" if row.light_s else ""
+        told = f"{lost}{row.label}: {_shown(row.median(row.ours))}, {_ratio(row):.2f}x {row.hardest}{light}"
+        lines.append(told if len(told) <= width else told[: width - 1] + "…")
+    return "\n".join(lines) + ("\n" if lines else "")
+
+
+def _ratio(row: Row) -> float:
+    assert row.ours and row.hardest
+    return row.ratio(row.ours, row.hardest)
+
+
+def _machine(rows: Sequence[Row]) -> list[str]:
+    names = ("device", "torch", "threads")
+    values = {name: sorted({row.settings[name] for row in rows if name in row.settings}) for name in names}
+    values["commit"] = sorted({row.commit for row in rows if row.commit})
+    told = "; ".join(f"{name} {', '.join(found)}" for name, found in values.items() if found)
+    note = "`ratio` is to the fastest baseline of the row, above 1 ours is faster; its range is over the rounds."
+    return [f"{len(rows)} rows: {told}.", note]
+
+
+def _table(rows: Sequence[Row]) -> list[str]:
+    lines = [f"| {' | '.join(_HEAD)} |", f"|{'---|' * len(_HEAD)}"]
+    for row in rows:
+        assert row.ours and row.hardest
+        rounds = sorted(b / a for a, b in zip(row.seconds[row.ours], row.seconds[row.hardest]))
+        low, high = (rounds[min(int(share * len(rounds)), len(rounds) - 1)] for share in (0.2, 0.8))
+        others = [f"{name} {_shown(row.median(name))}" for name in row.seconds if name not in (row.ours, row.hardest)]
+        cells = [
+            row.label.replace("|", "\\|"), row.settings.get("dtype", ""), f"{row.ours} {_shown(row.median(row.ours))}",
+            f"{row.hardest} {_shown(row.median(row.hardest))}", f"{_ratio(row):.2f}x", f"{low:.2f} to {high:.2f}x",
+            _share(row), ", ".join(others),
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _share(row: Row) -> str:
+    return f"{100 * row.light_s / row.median(row.ours):.0f} %" if row.light_s and row.ours else ""
+
+
+def _memory(rows: Sequence[Row]) -> list[str]:
+    lines = []
+    for row in rows:
+        if not row.memory:
+            continue
+        told = ", ".join(f"{name} {size / 2**20:,.0f} MiB" for name, size in row.memory.items())
+        first, *others = row.memory.values()
+        ratios = ", ".join(f"{first / other:.3f}" for other in others if other > 0)
+        lines.append(f"- {row.label}: {told}" + (f" (ratio {ratios})" if ratios else ""))
+    return lines
+
+
+def _figures(rows: Sequence[Row]) -> list[str]:
+    """Rows without a baseline, and the numbers that a suite adds to its rows, as they came."""
+    lines = []
+    for row in rows:
+        parts = [f"{name} {_shown(row.median(name))}" for name in row.seconds] if row.hardest is None else []
+        parts += [f"{name}: {_value(value)}" for name, value in row.extra.items() if not isinstance(value, list)]
+        if parts:
+            lines.append(f"- {row.label}: {'; '.join(parts)}")
+    return lines
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_value(inner)}" for name, inner in value.items())
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _shown(seconds: float) -> str:
+    """Three digits, in the unit that reads best."""
+    for unit, scale in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
+        if seconds * scale >= 1:
+            return f"{seconds * scale:.3g} {unit}"
+    return f"{seconds * 1e9:.3g} ns"
