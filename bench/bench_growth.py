@@ -5,19 +5,20 @@ import torch
 
 from vreflection.modules import DynamicAutoregressiveCompression
 
+# (tokens of an image, boxes, each with an image of its own, width); a GPU takes the sizes of real use.
+CUDA = torch.cuda.is_available()
 SWEEPS = {
-    "tokens N": [(n, 1, 1792) for n in (64, 256, 1024, 4096)],
-    "boxes B": [(256, b, 1792) for b in (1, 4, 16)],
-    "width D": [(1024, 1, d) for d in (448, 896, 1792, 3584)],
+    "tokens": [(n, 1, 3584 if CUDA else 1792) for n in ((256, 1024, 4096, 16384) if CUDA else (64, 256, 1024, 4096))],
+    "boxes": [(256, b, 3584 if CUDA else 1792) for b in ((1, 4, 16, 64) if CUDA else (1, 4, 16))],
+    "width": [(1024, 1, d) for d in (448, 896, 1792, 3584)],
 }
-CASES = {
-    f"{name}-{case[('tokens N', 'boxes B', 'width D').index(name)]}": case for name, cs in SWEEPS.items() for case in cs
-}
+CASES = {f"{axis}-{case[place]}": (axis, case) for place, (axis, found) in enumerate(SWEEPS.items()) for case in found}
 
 
 @pytest.mark.parametrize("case", list(CASES))
 def test_growth(interleaved, lab, case):
-    count, boxes, width = CASES[case]
+    axis, sizes = CASES[case]
+    count, boxes, width = sizes
     dtype = torch.bfloat16 if lab.CUDA else torch.float32
     torch.manual_seed(0)
     ours = DynamicAutoregressiveCompression(width).to(lab.DEVICE, dtype)
@@ -31,4 +32,9 @@ def test_growth(interleaved, lab, case):
         "stock": lab.timed_step(stock, lambda: stock(probes, keys), "forward_backward", [probes]),
     }
     work = lab.resampler_work(boxes, boxes * count, boxes * count, width, tokens.element_size(), True)
-    interleaved(steps, "stock", 7, work, dtype)
+    with torch.no_grad():
+        stock.load_state_dict({f"attention.{n}": p for n, p in ours.cross_attn.state_dict().items()}
+                              | {f"norm.{n}": p for n, p in ours.output_norm.state_dict().items()})  # fmt: skip
+        lab.agree(ours(probes, tokens, grids, box_image), stock(probes, keys), dtype)
+    sweep = {"figure": "growth", "axis": axis, "value": sizes[list(SWEEPS).index(axis)]}
+    interleaved(steps, "stock", 7, work, dtype, sweep=sweep)

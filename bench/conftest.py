@@ -3,8 +3,14 @@
 Every row gets, besides the benchmark's own numbers, p20/p50/p80 of each variant, ratios to the base, and, where the
 case states its bytes and flops, the speed of light (the larger of bytes over copy bandwidth and flops over matrix peak,
 both measured in the same run) and each variant's share of it.
+
+BENCH_SECONDS: no case of a suite (a file) starts once the suite has run this long; 60 by default, BENCH_FULL=1 takes
+the bound away. BENCH_ROWS: a file to which each row is appended as soon as it is measured, for runs that may be
+killed.
 """
 
+import json
+import os
 import statistics
 import subprocess
 import time
@@ -16,6 +22,8 @@ import torch
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 MIB = 2**20
+FULL = os.environ.get("BENCH_FULL", "") not in ("", "0")
+SUITE_SECONDS = float("inf") if FULL else float(os.environ.get("BENCH_SECONDS", "60"))
 
 
 def synchronise():
@@ -88,12 +96,14 @@ def interleaved(benchmark, ceilings):
     """`interleaved({"ours": f, "reference": g}, base="reference")` times the functions in turn in one run.
 
     The first function is the benchmark's own row. `work=(bytes, flops)` of one call and `dtype` add the speed of light.
-    `before` holds what to do, untimed, before each call of a function. Nothing is asserted about time.
+    `before` holds what to do, untimed, before each call of a function. `baselines` are what the first function is
+    judged against (default: the base alone); `sweep` makes the row a point of a figure. Nothing is asserted about time.
     """
 
     def run(
-        functions: dict, base: str, rounds: int = 7, work=None, dtype=torch.float32, before=None
-    ) -> dict[str, float]:
+        functions: dict, base: str, rounds: int = 7, work=None, dtype=torch.float32, before=None, baselines=None,
+        sweep=None,
+    ) -> dict[str, float]:  # fmt: skip
         seconds: dict[str, list[float]] = {name: [] for name in functions}
         for turn in range(rounds + 1):
             for name, function in functions.items():
@@ -111,6 +121,8 @@ def interleaved(benchmark, ceilings):
             "speedup_over": base,
             "speedup": ratios,
             "raw_s": seconds,
+            "baselines": list(baselines or [base]),
+            **({"sweep": sweep} if sweep else {}),
             "dtype": str(dtype).removeprefix("torch."),
             **versions(),
         }
@@ -128,6 +140,29 @@ def interleaved(benchmark, ceilings):
         return medians
 
     return run
+
+
+@pytest.fixture(autouse=True)
+def _kept(request):
+    """Appends the row of a finished case to BENCH_ROWS."""
+    timed = request.getfixturevalue("benchmark") if "benchmark" in request.fixturenames else None
+    yield
+    place = os.environ.get("BENCH_ROWS")
+    if place and timed is not None and timed.extra_info:
+        row = {"name": request.node.name, "fullname": request.node.nodeid, "extra_info": timed.extra_info}
+        with open(place, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+_begun: dict[str, float] = {}
+
+
+@pytest.fixture(autouse=True)
+def _bounded(request):
+    """Skips a case once its suite has used up its time; what is left out is listed at the end of the run."""
+    begun = _begun.setdefault(request.module.__name__, time.perf_counter())
+    if time.perf_counter() - begun > SUITE_SECONDS:
+        pytest.skip(f"the suite's {SUITE_SECONDS:g} s are used up (BENCH_SECONDS, BENCH_FULL=1)")
 
 
 def agree(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> None:
@@ -179,7 +214,17 @@ def timed_step(module, call, direction: str, leaves=()):
 @pytest.fixture(scope="session")
 def lab():
     """The helpers above, for suites."""
-    names = ("CUDA", "DEVICE", "agree", "StockResampler", "resampler_work", "timed_step", "versions", "seconds_of")
+    names = (
+        "CUDA",
+        "DEVICE",
+        "FULL",
+        "agree",
+        "StockResampler",
+        "resampler_work",
+        "timed_step",
+        "versions",
+        "seconds_of",
+    )
     return SimpleNamespace(**{name: globals()[name] for name in names})
 
 

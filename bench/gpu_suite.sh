@@ -1,63 +1,128 @@
 #!/usr/bin/env bash
-# One command on a machine with a GPU, its torch already installed and no internet: install, GPU tests, benchmarks, table.
-# Full results go to $OUT (default bench/results/gpu), at most eight files; a short table is printed last. DRY=1 only
-# prints the plan. PARTS="tests", "bench", "decode-tests" or "decode" runs only that, where a command may take ten minutes
-# at most; SIZES="7b" or "3b" runs half of "decode".
+# One command on a machine with a GPU, its torch installed and no internet: install, GPU tests, benchmarks at real shapes,
+# a training step of each size, a short table last. Ends within BUDGET_S seconds (default 530) whatever hangs or fails.
+#   OUT=folder        where results go (default bench/results/gpu): rows.jsonl (raw, one row as soon as it is measured),
+#                     log.txt, summary.txt, table.md, figures; at most eight files
+#   PARTS="a b"       only these parts or groups: tests, ops, decode, training, rest (default: all, by value)
+#   ALL_VARIANTS=1    also variants known to be slower (overlapped launches)
+#   DRY=1             runs nothing: prints the plan, each part taking all the time it may
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit 2
 OUT=${OUT:-bench/results/gpu}
-mkdir -p "$OUT"
-export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
-PARTS=${PARTS:-tests bench decode-tests decode}
-SIZES=${SIZES:-7b 3b}
-wanted() { [[ " $PARTS " == *" $1 "* ]]; }
-summary=()
-part() { # name, seconds, command…; every part's output is appended to one log
-  local name=$1 limit=$2 log
-  shift 2
-  if [ -n "${DRY:-}" ]; then summary+=("$name: would run within $limit s: $*"); return; fi
-  log=$(mktemp)
-  timeout "$limit" "$@" > "$log" 2>&1
-  local code=$?
-  { printf '\n===== %s (exit %s)\n' "$name" "$code"; cat "$log"; } >> "$OUT/log.txt"
-  summary+=("$name: exit $code: $(grep -E 'passed|failed|[0-9]+ error|Error' "$log" | tail -n 1)")
-  rm -f "$log"
+BUDGET_S=${BUDGET_S:-530}
+RESERVE_S=${RESERVE_S:-20} # kept for the table
+LEAST_S=${LEAST_S:-8}      # a part that would get less is not started
+PARTS=${PARTS:-tests ops decode training rest}
+DRY=${DRY:-}
+mkdir -p "$OUT" || exit 2
+OUT=$(cd "$OUT" && pwd)
+export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 BENCH_ROWS="$OUT/rows.jsonl"
+export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-9.0a}
+work=$(mktemp -d)
+child='' running='' planned=0 linked='' finished=''
+rm -f "$OUT"/rows.jsonl "$OUT"/log.txt "$OUT"/summary.txt "$OUT"/table.md "$OUT"/*.svg
+
+tell() { printf '%s\n' "$*" | cut -c1-200 >> "$OUT/summary.txt"; }
+
+outcome() { # log: pytest's last line, or what its tests said before it was killed
+  local last
+  last=$(grep -aE '^(=+ )?[0-9]+ (passed|failed|skipped|error)' "$1" | tail -n 1)
+  if [ -n "$last" ]; then printf '%s' "$last"; return; fi
+  local counted
+  counted=$(grep -aoE '\b(PASSED|FAILED|ERROR|SKIPPED)\b' "$1" | sort | uniq -c | awk '{printf "%s%s %s", sep, $1, $2; sep=", "}')
+  printf '%s' "${counted:-$(grep -aE 'Error' "$1" | tail -n 1)}"
 }
-bench() { part "$1" "$2" python3 -m pytest -q -s "bench/$1.py" --benchmark-json="$OUT/$1.json"; }
-part install 90 python3 -m pip install --no-deps --no-build-isolation -e .
-part versions 60 python3 -m vreflection info --json
-if wanted tests; then
-  part gpu_tests 300 python3 -m pytest -q -m gpu tests --maxfail=20 --ignore-glob='tests/test_gpu_decode*' --ignore=tests/engine
-  part race_check 120 compute-sanitizer --tool racecheck --error-exitcode 9 \
-    python3 -m pytest -q -m gpu tests/test_gpu_ops.py -k "shipped and 0"
+
+keep() { # name, what became of it, log
+  { printf '\n===== %s (%s)\n' "$1" "$2"; cat "$3" 2>/dev/null; } >> "$OUT/log.txt"
+  local said
+  said=$(outcome "$3")
+  tell "$1: $2${said:+: $said}"
+  grep -aE '^FAILED|^ERROR|\bFAILED tests' "$3" 2>/dev/null | head -n 5 | while read -r line; do tell "    $line"; done
+}
+
+part() { # name, most seconds, command…
+  local name=$1 limit=$2 log="$work/$1.log" left code
+  shift 2
+  left=$((BUDGET_S - RESERVE_S - SECONDS - planned))
+  if ((left < LEAST_S)); then tell "$name: left out: the $BUDGET_S s are used up"; return 1; fi
+  ((limit > left)) && limit=$left
+  if [ -n "$DRY" ]; then
+    planned=$((planned + limit))
+    tell "$name: would run within $limit s: $*"
+    return 0
+  fi
+  running=$name
+  local begin=$SECONDS
+  # In the background, so that a signal to this script is handled at once and not after the part.
+  timeout -k 5 "$limit" "$@" > "$log" 2>&1 &
+  child=$!
+  wait "$child"
+  code=$?
+  child='' running=''
+  local became="exit $code after $((SECONDS - begin)) s"
+  ((code == 124 || code == 137)) && became="stopped at its $limit s"
+  keep "$name" "$became" "$log"
+  return "$code"
+}
+
+finish() { # always, also when stopped from outside
+  trap - EXIT TERM INT HUP
+  if [ -n "$finished" ]; then return; fi
+  finished=1
+  if [ -n "$child" ]; then
+    kill -TERM "$child" 2>/dev/null
+    keep "$running" "stopped from outside" "$work/$running.log"
+  fi
+  [ -n "$linked" ] && rm -f vreflection/kernels
+  if [ -s "$BENCH_ROWS" ]; then
+    timeout -k 2 "$RESERVE_S" python3 -m vreflection bench report "$BENCH_ROWS" --out "$OUT/table.md" --short --plots "$OUT" \
+      > "$work/short.txt" 2>> "$OUT/log.txt" || printf 'no table: see log.txt; the rows are in rows.jsonl\n' >> "$work/short.txt"
+    grep -v '\.svg$' "$work/short.txt"
+  fi
+  printf '%s\n' '--- parts'
+  cat "$OUT/summary.txt"
+  printf '%s\n' "--- $SECONDS s of $BUDGET_S; everything in $OUT"
+  rm -rf "$work"
+}
+trap finish EXIT
+trap 'finish; exit 143' TERM INT HUP
+
+wanted() { # group, name
+  [[ " $PARTS " == *" $1 "* || " $PARTS " == *" $2 "* ]]
+}
+tests() { wanted tests "$1" && part "$@"; }
+suite() { # group, suite, seconds, further pytest arguments
+  local group=$1 name=$2 limit=$3
+  shift 3
+  wanted "$group" "$name" || return 0
+  # What a suite bounds itself to, so that it ends between two cases and not within one.
+  BENCH_SECONDS=$((limit * 3 / 4)) part "$name" "$limit" python3 -m pytest -q -s -p no:cacheprovider "bench/bench_${name%%@*}.py" "$@"
+}
+
+if ! part install 90 python3 -m pip install --no-deps --no-build-isolation -e .; then
+  if [ -z "$DRY" ]; then
+    export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+    if [ ! -e vreflection/kernels ]; then ln -s ../kernels vreflection/kernels && linked=1; fi
+    tell "NOT INSTALLED: runs from the source tree, without what the build makes (C++ and CUDA operators)"
+  fi
 fi
-if wanted decode-tests; then
-  part decode_tests 400 python3 -m pytest -q -m gpu tests/test_gpu_decode*.py tests/engine --maxfail=20
-fi
-if wanted bench; then
-  bench bench_probe_attention 180
-  bench bench_region_attention 100
-  bench bench_roi_align 40
-  bench bench_distillation_loss 40
-  bench bench_growth 60
-  bench bench_boundary 30
-  bench bench_decode 60
-fi
-if wanted decode; then
-  for size in $SIZES; do # each bounds itself to BENCH_SECONDS; the rest is for building and what is under way
-    part "decode_$size" 420 python3 -m pytest -q -s bench/bench_decode_shapes.py -k "$size" \
-      --benchmark-json="$OUT/bench_decode_$size.json"
-  done
-fi
-if [[ -z "${DRY:-}" ]] && { wanted bench || wanted decode; }; then
-  python3 bench/report.py "$OUT"/bench_*.json --markdown "$OUT/table.md" --plot "$OUT/growth.svg" \
-    > /dev/null 2>> "$OUT/log.txt"
-  python3 - "$OUT" <<'PY'
-import glob, json, sys
-rows = {path: json.load(open(path)) for path in sorted(glob.glob(sys.argv[1] + "/bench_*.json"))}
-json.dump(rows, open(sys.argv[1] + "/raw.json", "w"))
-PY
-  rm -f "$OUT"/bench_*.json
-  cut -c1-150 "$OUT/table.md" 2>/dev/null
-fi
-printf '%s\n' "${summary[@]}" | tee "$OUT/summary.txt"
+part versions 40 python3 -m vreflection info --json
+parallel=()
+python3 -c 'import xdist' 2>/dev/null && parallel=(-n 7)
+tests gpu_tests 130 python3 -m pytest -v -m gpu tests ${parallel[@]+"${parallel[@]}"} -p no:cacheprovider --durations=5
+suite ops probe_attention 50
+suite ops region_attention 40
+suite decode decode_shapes@7b 70 -k 7b
+suite training training_shapes@7b 60 -k 7b
+suite training training_shapes@3b 45 -k 3b
+suite decode decode_shapes@3b 40 -k 3b
+suite rest losses 25
+suite rest roi_align 20
+suite rest growth 25
+suite rest distillation_loss 15
+suite rest prefill 20
+suite rest boundary 15
+tests race_check 60 compute-sanitizer --tool racecheck --error-exitcode 9 \
+  python3 -m pytest -q -m gpu tests/test_gpu_ops.py -k "shipped and 0" -p no:cacheprovider
+exit 0

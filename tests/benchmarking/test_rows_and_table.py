@@ -90,6 +90,15 @@ def test_bad_files_are_named(tmp_path, content, message):
     assert caught.value.source is not None and caught.value.source.startswith(str(path))
 
 
+def test_one_row_per_line_and_a_last_one_that_a_kill_cut(tmp_path):
+    path, line = tmp_path / "rows.jsonl", json.dumps(row())
+    path.write_text(f"{line}\n{line}\n{line[:40]}")
+    assert len(read_rows([path])) == 2
+    path.write_text(f"{line[:40]}\n{line}\n")
+    with pytest.raises(DataError, match="expected JSON"):
+        read_rows([path])
+
+
 def test_a_missing_file(tmp_path):
     with pytest.raises(DataError, match="cannot be read"):
         read_rows([tmp_path / "none.json"])

@@ -1,6 +1,7 @@
 """Raw benchmark rows: what pytest-benchmark's JSON holds of them, checked and typed.
 
-A file is `{"benchmarks": [{"name", "extra_info", …}, …]}`. Timed rows hold in `extra_info` the seconds of every round
+A file is `{"benchmarks": [{"name", "extra_info", …}, …]}`, or has one such row per line (`.jsonl`, as a run that may be
+killed leaves them). Timed rows hold in `extra_info` the seconds of every round
 of every variant (`raw_s`), all variants timed in turn within one run, so that round i of one and round i of another saw
 the same machine.
 """
@@ -99,7 +100,13 @@ def read_rows(paths: Iterable[Path]) -> list[Row]:
 
 def _benchmarks(path: Path) -> list[Any]:
     try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".jsonl":
+            # A kill may have cut the last line; a cut line before others is no such thing.
+            lines = [line for line in text.splitlines() if line.strip()]
+            whole = lines if text.endswith("\n") else lines[:-1]
+            return [json.loads(line) for line in whole]
+        loaded = json.loads(text)
     except OSError as error:
         raise DataError("unreadable", f"cannot be read: {error.strerror}; name a file that exists", str(path)) from None
     except ValueError as error:

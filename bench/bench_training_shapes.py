@@ -1,0 +1,60 @@
+"""A training step at the real sizes, random weights: 7B with adapters and 3B in full, 16,384 packed tokens, bfloat16.
+
+`pytest bench/bench_training_shapes.py -s`: one step after one that warms up, its peak memory, and both beside what
+`vreflection.training.memory_plan` predicts. Without a GPU a tiny model shows that the suite runs, and nothing else.
+"""
+
+import gc
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+import training_shapes as shapes
+
+CUDA = torch.cuda.is_available()
+NAMES = [name for name in shapes.RUNS if name.startswith("tiny") != CUDA]
+
+
+def measured(lab, run: shapes.Run) -> dict:
+    """One step after one that warms up, and what was predicted of it."""
+    device, dtype = lab.DEVICE, torch.bfloat16 if CUDA else torch.float32
+    model = shapes.build(run, device, dtype)
+    batch, samples = shapes.packed_batch(model.config, run.tokens, device)
+    step = shapes.step_of(model, batch, fused=CUDA)
+    losses = [step()]
+    assert torch.isfinite(torch.tensor(losses[0]))
+    if CUDA:
+        torch.cuda.reset_peak_memory_stats()
+    seconds = lab.seconds_of(lambda: losses.append(step()))
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)  # the same batch and, nearly, the same weights
+    plan = shapes.described(run, samples, model.config)
+    row = shapes.predicted(run, plan)
+    told = {
+        "tokens": plan.tokens, "step_s": seconds, "tokens_per_s": plan.tokens / seconds,
+        "predicted_step_s": {gpu: time.seconds for gpu, time in row.times.items()},
+        "predicted_bytes": row.total, "predicted_parts": row.parts, "dtype": str(dtype).removeprefix("torch."),
+    }  # fmt: skip
+    if CUDA:
+        told |= {"peak_bytes": torch.cuda.max_memory_allocated(), "reserved_bytes": torch.cuda.max_memory_reserved()}
+    return told
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_step(benchmark, lab, name):
+    run = shapes.RUNS[name]
+    if run.lora_rank:
+        pytest.importorskip("peft")
+    told = measured(lab, run)
+    gc.collect()  # the next model needs the room
+    if CUDA:
+        torch.cuda.empty_cache()
+    benchmark.extra_info.update({**told, **lab.versions()})
+    benchmark.pedantic(lambda: None, rounds=1)
+    peak = f"peak {told['peak_bytes'] / 2**30:.1f} GiB" if CUDA else "peak not measured"
+    print(
+        f"\n{benchmark.name}: {told['tokens']:,} tokens in {told['step_s']:.3g} s, {peak}; predicted "
+        f"{told['predicted_bytes'] / 2**30:.1f} GiB, on an H200 {told['predicted_step_s']['H200']:.3g} s"
+    )
