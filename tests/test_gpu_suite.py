@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -78,7 +79,7 @@ def test_everything_is_run_by_value_and_the_table_comes_last(suite):
     assert places == sorted(places)
     lines = said.splitlines()
     assert lines[0] == '{"row": "probe"}' and lines[1] == "--- parts"
-    assert "gpu_tests: exit 0 after 0 s: 12 passed, 3 skipped in 9s" in said
+    assert re.search(r"gpu_tests: exit 0 after \d+ s: 12 passed, 3 skipped in 9s", said)
     assert lines[-1].startswith("--- ") and "of 530" in lines[-1]
 
 
@@ -97,7 +98,9 @@ bench_probe|exit 3
 """
     code, said = suite.run(behaviour)
     assert code == 0
-    assert "gpu_tests: exit 1 after 0 s: 1 failed, 2 passed in 3s\n    FAILED tests/test_gpu.py::test_x" in said
+    assert re.search(
+        r"gpu_tests: exit 1 after \d+ s: 1 failed, 2 passed in 3s\n    FAILED tests/test_gpu.py::test_x", said
+    )
     assert "probe_attention: exit 3" in said and "region_attention: exit 0" in said and "race_check: exit 0" in said
 
 
@@ -108,9 +111,10 @@ def test_a_part_that_hangs_is_stopped_and_what_it_did_is_kept(suite):
     begin = time.monotonic()
     code, said = suite.run(behaviour, BUDGET_S="5", PARTS="gpu_tests")
     assert code == 0 and time.monotonic() - begin < 20
-    assert "gpu_tests: stopped at its 3 s: 1 FAILED, 2 PASSED" in said
+    # Three seconds are left of five; less, if a whole second passed before.
+    assert re.search(r"gpu_tests: stopped at its [123] s: 1 FAILED, 2 PASSED", said)
     code, said = suite.run(behaviour, BUDGET_S="5", PARTS="ops")
-    assert code == 0 and "probe_attention: stopped at its 3 s" in said
+    assert code == 0 and re.search(r"probe_attention: stopped at its [123] s", said)
     assert "region_attention: left out: the 5 s are used up" in said
     assert said.splitlines()[0] == '{"row": "kept"}'
     assert (suite.out / "rows.jsonl").read_text() == '{"row": "kept"}\n'
