@@ -1,4 +1,6 @@
-"""RoI-Align of wide tokens on its own: `pytest bench/bench_roi_align.py -s`."""
+"""RoI-Align of wide tokens, against torchvision's where it is installed: `pytest bench/bench_roi_align.py -s`."""
+
+import contextlib
 
 import pytest
 import torch
@@ -27,6 +29,16 @@ def test_roi_align(interleaved, lab, dtype, cells, direction):
         "torch": lambda: roi_align(tokens, *geometry, cells, impl="torch"),
         "dense": lambda: dense(tokens, matrix),
     }
+    with contextlib.suppress(ImportError):
+        from torchvision.ops import roi_align as theirs
+
+        corners = (FOUR * SIDE).to(device, dtype)
+        # Channels first and image-shaped, as it takes them: a view, no copy.
+        shape = (1, SIDE, SIDE, WIDTH)
+        calls["torchvision"] = lambda: (
+            theirs(tokens.view(shape).permute(0, 3, 1, 2), [corners], cells, 1.0, 2, aligned=True)
+            .flatten(2).transpose(1, 2)
+        )  # fmt: skip
     with torch.no_grad():
         expected = calls["dense"]()
         for call in calls.values():
@@ -49,6 +61,7 @@ def test_roi_align(interleaved, lab, dtype, cells, direction):
     flops = 2 * 4 * cells**2 * 16 * WIDTH
     if direction != "forward":
         moved, flops = 2 * moved + SIDE * SIDE * WIDTH * size, 2 * flops
-    interleaved(
-        {name: step(call) for name, call in calls.items()}, "dense", 30 if lab.CUDA else 9, (moved, flops), dtype
-    )
+    steps = {name: step(call) for name, call in calls.items()}
+    rounds = 30 if lab.CUDA else 9
+    others = [name for name in calls if name != "auto"]
+    interleaved(steps, "dense", rounds, (moved, flops), dtype, baselines=others)

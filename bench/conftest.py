@@ -183,6 +183,32 @@ class StockResampler(torch.nn.Module):
         return self.norm(self.attention(queries_BQD, keys_BND, keys_BND, need_weights=False)[0])
 
 
+class ProjectedAttention(torch.nn.Module):
+    """The same with the least around it: keys and values projected, fused attention (flash where it is), projected back.
+
+    Equal numbers of keys per query set, so no mask.
+    """
+
+    def __init__(self, module):
+        super().__init__()
+        self.attention, self.norm = module.cross_attn, module.output_norm
+
+    def forward(self, queries_BQD, keys_BND):
+        inner, heads = self.attention, self.attention.num_heads
+        weights, biases = inner.in_proj_weight.chunk(3), inner.in_proj_bias.chunk(3)
+        split = [
+            torch.nn.functional.linear(rows, weight, bias).unflatten(-1, (heads, -1)).transpose(1, 2)
+            for weight, bias, rows in zip(weights, biases, (queries_BQD, keys_BND, keys_BND))
+        ]
+        attended = torch.nn.functional.scaled_dot_product_attention(*split)
+        return self.norm(inner.out_proj(attended.transpose(1, 2).flatten(2)))
+
+
+def compiled_too() -> bool:
+    """Whether to time compiled baselines: on a GPU, and on request (BENCH_COMPILE=1), as compiling takes longer."""
+    return CUDA or os.environ.get("BENCH_COMPILE", "") not in ("", "0")
+
+
 def resampler_work(boxes: int, keys: int, tokens: int, width: int, itemsize: int, backward: bool, shared: bool = False):
     """Fewest bytes and flops of one resampler call: four weights, the tokens once per product, 64 rows per box."""
     queries = heads = 8
@@ -214,18 +240,9 @@ def timed_step(module, call, direction: str, leaves=()):
 @pytest.fixture(scope="session")
 def lab():
     """The helpers above, for suites."""
-    names = (
-        "CUDA",
-        "DEVICE",
-        "FULL",
-        "agree",
-        "StockResampler",
-        "resampler_work",
-        "timed_step",
-        "versions",
-        "seconds_of",
-    )
-    return SimpleNamespace(**{name: globals()[name] for name in names})
+    modules = (StockResampler, ProjectedAttention)
+    functions = (*modules, agree, compiled_too, resampler_work, timed_step, versions, seconds_of)
+    return SimpleNamespace(CUDA=CUDA, DEVICE=DEVICE, **{function.__name__: function for function in functions})
 
 
 def pytest_generate_tests(metafunc):

@@ -40,6 +40,7 @@ def test_a_row(read):
 def test_the_fastest_baseline_decides_who_loses(read):
     (found,) = read(row(baselines=["stock", "plain"]))
     assert found.hardest == "plain" and found.loses
+    assert "| 2.00x | 1.67 to 2.00x | 0.50x plain |" in report_text([found])
 
 
 def test_losing_rows_come_first_the_worst_at_the_top(read):

@@ -7,7 +7,7 @@ from typing import Any
 
 from .rows import Row
 
-_HEAD = ("case", "dtype", "ours", "against", "ratio", "p20 to p80", "of speed of light", "others")
+_HEAD = ("case", "dtype", "ours", "base", "ratio", "p20 to p80", "fastest baseline", "of speed of light", "others")
 
 
 def report_text(rows: Sequence[Row]) -> str:
@@ -48,21 +48,22 @@ def _machine(rows: Sequence[Row]) -> list[str]:
     values = {name: sorted({row.settings[name] for row in rows if name in row.settings}) for name in names}
     values["commit"] = sorted({row.commit for row in rows if row.commit})
     told = "; ".join(f"{name} {', '.join(found)}" for name, found in values.items() if found)
-    note = "`ratio` is to the fastest baseline of the row, above 1 ours is faster; its range is over the rounds."
+    note = "`ratio` is to the base, above 1 ours is faster; a row loses where any baseline is faster than ours."
     return [f"{len(rows)} rows: {told}.", note]
 
 
 def _table(rows: Sequence[Row]) -> list[str]:
     lines = [f"| {' | '.join(_HEAD)} |", f"|{'---|' * len(_HEAD)}"]
     for row in rows:
-        assert row.ours and row.hardest
-        rounds = sorted(b / a for a, b in zip(row.seconds[row.ours], row.seconds[row.hardest]))
+        assert row.ours and row.hardest and row.base
+        rival = "" if row.hardest == row.base else f"{_ratio(row):.2f}x {row.hardest}"
+        rounds = sorted(b / a for a, b in zip(row.seconds[row.ours], row.seconds[row.base]))
         low, high = (rounds[min(int(share * len(rounds)), len(rounds) - 1)] for share in (0.2, 0.8))
-        others = [f"{name} {_shown(row.median(name))}" for name in row.seconds if name not in (row.ours, row.hardest)]
+        others = [f"{name} {_shown(row.median(name))}" for name in row.seconds if name not in (row.ours, row.base)]
         cells = [
             row.label.replace("|", "\\|"), row.settings.get("dtype", ""), f"{row.ours} {_shown(row.median(row.ours))}",
-            f"{row.hardest} {_shown(row.median(row.hardest))}", f"{_ratio(row):.2f}x", f"{low:.2f} to {high:.2f}x",
-            _share(row), ", ".join(others),
+            f"{row.base} {_shown(row.median(row.base))}", f"{row.ratio(row.ours):.2f}x", f"{low:.2f} to {high:.2f}x",
+            rival, _share(row), ", ".join(others),
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return lines
