@@ -9,11 +9,14 @@ import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 import vreflection as vr
+from vreflection.benchmarking.prediction import decode_work, generation_work
 from vreflection.decoding import DecodeProgram, ProgramKey, advance, plan_transition
 from vreflection.engine.timing import TimedSteps
 from vreflection.quickstart.base import base_dir
+from vreflection.training.model_shape import shape_from_config
 
 NEW_TOKENS, PROMPT = 48, 60
+FLOAT = 4  # bytes
 SETTINGS = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": 400, "pad_token_id": 352}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STEPS = ("auto", "torch", "model")
@@ -38,7 +41,7 @@ def host_generate(model, ids: torch.Tensor) -> torch.Tensor:
     return model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **SETTINGS)[:, PROMPT:].cpu()
 
 
-@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("batch", [1, 8, 4, 2])
 def test_tokens_per_second(interleaved, benchmark, ours, host, batch):
     """Prompts in, tokens out; the host one prompt at a time, which is its fastest way at these sizes per call."""
     ids = prompts(batch)
@@ -58,7 +61,13 @@ def test_tokens_per_second(interleaved, benchmark, ours, host, batch):
     for decoder in decoders.values():
         assert [answer.tokens for answer in decoder.generate(given, **SETTINGS)] == expected
     assert calls["our generate"]()[:, PROMPT:].tolist() == expected
-    medians = interleaved(calls, "host generate, one by one", rounds=15)
+    sweep = {"figure": "decode", "axis": "batch", "value": batch, "steps": NEW_TOKENS}
+    hosts = [name for name in calls if name.startswith("host")]
+    shape = shape_from_config(ours.config.to_dict())
+    work = generation_work(shape, batch, PROMPT, NEW_TOKENS, FLOAT)
+    medians = interleaved(
+        calls, "host generate, one by one", 15, work, baselines=hosts, sweep=sweep, kept=DEVICE == "cpu"
+    )
     tokens = {name: batch * NEW_TOKENS / seconds for name, seconds in medians.items()}
     benchmark.extra_info["tokens_per_s"] = tokens
     print("  tokens/s: " + ", ".join(f"{name} {value:.0f}" for name, value in tokens.items()))
@@ -76,7 +85,10 @@ def test_latent_against_text_steps(interleaved, benchmark, ours, batch):
         timed.start([PROMPT] * batch)
         timed.run(count, latent=latent)
 
-    medians = interleaved({"latent": lambda: run(True), "text": lambda: run(False)}, "text", rounds=15)
+    shape = shape_from_config(ours.config.to_dict())
+    work = decode_work(shape, batch, PROMPT + count // 2, False, FLOAT).times(count)
+    calls = {"latent": lambda: run(True), "text": lambda: run(False)}
+    medians = interleaved(calls, "text", 15, work, kept=DEVICE == "cpu")
     benchmark.extra_info["ms_per_step"] = {name: 1e3 * seconds / count for name, seconds in medians.items()}
 
 

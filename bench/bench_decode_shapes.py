@@ -7,46 +7,36 @@ shows that the suite runs, and nothing else. ALL_VARIANTS=1 adds overlapped laun
 
 import gc
 import os
-from dataclasses import dataclass
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import DynamicCache, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, StaticCache
+from transformers import DynamicCache, StaticCache
 
+sys.path.insert(0, str(Path(__file__).parent))
+from random_model import RESERVED, SLOTS, random_model
+
+from vreflection.benchmarking.prediction import decode_work
 from vreflection.decoding.tiers import available_tiers, choose_tier
 from vreflection.engine.timing import TimedSteps
 from vreflection.errors import ConfigError
-from vreflection.model.modeling import VReflectionForConditionalGeneration
+from vreflection.training.model_shape import NAMED, ModelShape
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 DTYPE = torch.bfloat16 if CUDA else torch.float32
 ALL = os.environ.get("ALL_VARIANTS", "") not in ("", "0")
 STEP_NAMES = ("fused", *["fused, overlapped"] * ALL, "model") if CUDA else ("cpp", "torch", "model")
-SPAN = 8  # latents of a span, and text steps of a call
+SPAN = SLOTS  # text steps of a call, too
 SLACK = 64  # free cache columns past the context
 
 
-@dataclass(frozen=True)
-class Size:
-    width: int
-    mlp: int
-    layers: int
-    heads: int
-    kv_heads: int
-    vocabulary: int
-    tied: bool
-
-    @property
-    def head_width(self) -> int:
-        return self.width // self.heads
-
-
-SIZES = {
-    "7b": Size(3584, 18944, 28, 28, 4, 152064, False),
-    "3b": Size(2048, 11008, 36, 16, 2, 151936, True),
-    "tiny": Size(64, 96, 2, 4, 2, 320, False),
-}
+# A vision tower that no decode step meets.
+NO_VISION = {"vision_width": 32, "vision_mlp": 48, "vision_layers": 1, "full_layers": 1}
+SIZES = {name: replace(shape, **NO_VISION) for name, shape in NAMED.items()}
+SIZES["tiny"] = ModelShape(64, 96, 2, 4, 2, 320, tied=False, **NO_VISION)
 if CUDA:
     CONTEXTS, SIZE_NAMES, BATCHES = {"1k": 1000, "5k": 5000, "16k": 16000}, ("7b", "3b"), (1, 32, 4, 16)
 else:
@@ -63,72 +53,15 @@ def cases():
         yield size, 1, FIRST, "compiled"
 
 
-def build_host(size: Size) -> Qwen2_5_VLForConditionalGeneration:
-    """Random weights, made where they stay; a vision tower of one layer."""
-    half = size.head_width // 2
-    sections = [half - 2 * (3 * half // 8), 3 * half // 8, 3 * half // 8]
-    config = Qwen2_5_VLConfig(
-        text_config={
-            "vocab_size": size.vocabulary,
-            "hidden_size": size.width,
-            "intermediate_size": size.mlp,
-            "num_hidden_layers": size.layers,
-            "num_attention_heads": size.heads,
-            "num_key_value_heads": size.kv_heads,
-            "rope_theta": 1e6,
-            "rope_scaling": {"type": "default", "mrope_section": sections, "rope_type": "default"},
-            "max_position_embeddings": 128000,
-            "tie_word_embeddings": size.tied,
-            "bos_token_id": None,
-            "eos_token_id": None,
-        },
-        vision_config={"depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 14,
-                       "fullatt_block_indexes": [0], "out_hidden_size": size.width},
-        tie_word_embeddings=size.tied,
-        image_token_id=size.vocabulary - 1,
-        video_token_id=size.vocabulary - 2,
-        vision_start_token_id=size.vocabulary - 3,
-        vision_end_token_id=size.vocabulary - 4,
-    )  # fmt: skip
-    kept = torch.get_default_dtype()
-    torch.set_default_dtype(DTYPE)
-    try:
-        with torch.device(DEVICE):
-            torch.manual_seed(0)
-            return Qwen2_5_VLForConditionalGeneration(config).eval()
-    finally:
-        torch.set_default_dtype(kept)
-
-
-def with_latents(host, size: Size) -> VReflectionForConditionalGeneration:
-    """Ours, on the host's parameters."""
-    ids = {name: size.vocabulary - 5 - i for i, name in enumerate(
-        ("lvr_start_id", "lvr_id", "lvr_latent_end_id", "lvr_end_id"))}  # fmt: skip
-    return VReflectionForConditionalGeneration.from_base(
-        host, "stage1", num_latent_tokens=SPAN, resampler_num_heads=1, **ids
-    )
-
-
-def work_of(model, size: Size, batch: int, context: int, steps: int, text: bool) -> tuple[int, int]:
-    """Fewest bytes and flops: weights once per step, the cache of every row once, the new rows' products."""
-    decoder = model.model.language_model
-    read = [*decoder.layers.parameters(), *decoder.norm.parameters()]
-    if text:
-        read += [model.get_output_embeddings().weight]
-    cached = batch * context * 2 * size.kv_heads * size.head_width * size.layers * DTYPE.itemsize
-    flops = 2 * batch * sum(p.numel() for p in read) + 4 * batch * context * size.width * size.layers
-    return steps * (sum(p.nbytes for p in read) + cached), steps * flops
-
-
 class HostGenerate:
     """The host's `generate` on a cache of random content, so that no prompt has to be consumed."""
 
-    def __init__(self, host, size: Size, batch: int, context: int, static: bool):
+    def __init__(self, host, size: ModelShape, batch: int, context: int, static: bool):
         text = host.config.get_text_config()
         self.host, self.context = host, context
-        self.ids = torch.randint(0, size.vocabulary - 9, (batch, context + 1), device=DEVICE)
+        self.ids = torch.randint(0, size.vocabulary - RESERVED, (batch, context + 1), device=DEVICE)
         self.cache = StaticCache(config=text, max_cache_len=context + SLACK) if static else DynamicCache(config=text)
-        shape = (batch, size.kv_heads, context, size.head_width)
+        shape = (batch, size.kv_heads, context, size.width // size.heads)
         for layer in range(size.layers):
             self.cache.update(*(torch.randn(shape, device=DEVICE, dtype=DTYPE) for _ in range(2)), layer)
 
@@ -156,8 +89,8 @@ class Bench:
     def load(self, name: str) -> None:
         if self.size != name:
             self.unload()
-            self.host = build_host(SIZES[name])
-            self.model = with_latents(self.host, SIZES[name])
+            self.host, self.model = random_model(SIZES[name], DEVICE, DTYPE, heads=1)
+            self.host.eval()
             self.size = name
 
     def unload(self) -> None:
@@ -253,8 +186,8 @@ def test_decode_step(interleaved, benchmark, bench, size, batch, context, kind):
         host = HostGenerate(bench.host, SIZES[size], batch, length, static)
         assert host().shape == (batch, length + 1 + SPAN)
         calls[base], before[base] = host, host.rewind
-    work = work_of(bench.model, SIZES[size], batch, length, steps, text)
+    work = decode_work(SIZES[size], batch, length, text, DTYPE.itemsize).times(steps)
     sweep = {"figure": "decode", "axis": "batch", "value": batch, "steps": steps}
     sweep = sweep if kind == "text" and context == FIRST and size == SIZE_NAMES[0] else None
-    medians = interleaved(calls, base, 5, work, DTYPE, before, sweep=sweep)
+    medians = interleaved(calls, base, 5, work, DTYPE, before, sweep=sweep, kept=not CUDA)
     tell(benchmark, medians, batch, length, steps)

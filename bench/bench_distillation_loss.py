@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from vreflection.benchmarking.prediction import distillation_work
 from vreflection.ops import distillation_loss, image_plan, window_plan
 
 EPS = 1e-9  # added to the student's attention, see ops/distillation_loss.py
@@ -48,8 +49,6 @@ def test_distillation(interleaved, lab, boxes, direction):
 
         return forward if direction == "forward" else both
 
-    moved = 4 * (2 * latents.numel() + 2 * teacher.numel())
-    if direction != "forward":
-        moved = 2 * moved + 4 * (latents.numel() + student.numel())
+    work = distillation_work(latents.numel(), student.numel(), teacher.numel(), 4, direction != "forward")
     steps = {name: step(loss) for name, loss in losses.items()}
-    interleaved(steps, "full maps", 30, (moved, 0), baselines=["full maps", "torch"])
+    interleaved(steps, "full maps", 30, work, baselines=["full maps", "torch"])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from vreflection.benchmarking.prediction import resampler_work
 from vreflection.modules import DynamicAutoregressiveCompression
 
 # (tokens of an image, boxes, each with an image of its own, width); a GPU takes the sizes of real use.
@@ -31,7 +32,7 @@ def test_growth(interleaved, lab, case):
         "auto": lab.timed_step(ours, lambda: ours(probes, tokens, grids, box_image), "forward_backward", [probes]),
         "stock": lab.timed_step(stock, lambda: stock(probes, keys), "forward_backward", [probes]),
     }
-    work = lab.resampler_work(boxes, boxes * count, boxes * count, width, tokens.element_size(), True)
+    work = resampler_work(boxes, boxes * count, boxes * count, width, tokens.element_size(), True)
     with torch.no_grad():
         stock.load_state_dict({f"attention.{n}": p for n, p in ours.cross_attn.state_dict().items()}
                               | {f"norm.{n}": p for n, p in ours.output_norm.state_dict().items()})  # fmt: skip

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from vreflection.benchmarking.prediction import cross_entropy_work
 from vreflection.errors import ConfigError
 from vreflection.losses import supervised_cross_entropy
 from vreflection.training.acceleration import liger_cross_entropy
@@ -68,9 +69,7 @@ def test_cross_entropy(interleaved, benchmark, lab, dtype, share):
     if CUDA:
         benchmark.extra_info["extra_peak_bytes"] = {name: peak(call, (hidden, head)) for name, call in calls.items()}
     steps = {name: step(call, (hidden, head)) for name, call in calls.items()}
-    count, size = len(rows), hidden.element_size()
-    # Head read for logits and for both gradients, its gradient written; supervised states twice; three products.
-    work = (4 * head.numel() * size + 2 * count * WIDTH * size, 6 * count * WIDTH * VOCABULARY)
+    work = cross_entropy_work(len(rows), WIDTH, VOCABULARY, hidden.element_size())
     interleaved(steps, "all positions, float32", 10 if CUDA else 5, work, dtype)
 
 

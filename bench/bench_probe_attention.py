@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 
+from vreflection.benchmarking.prediction import resampler_work
 from vreflection.modules import DynamicAutoregressiveCompression
 
 WIDTH, QUERIES = 3584, 8
@@ -51,9 +52,7 @@ def test_probe(interleaved, lab, dtype, count, images, direction):
         expected = calls["stock"][1]()
         for _, call in calls.values():
             lab.agree(call(), expected, dtype)
-    work = lab.resampler_work(
-        images, images * count, images * count, WIDTH, tokens.element_size(), direction != "forward"
-    )
+    work = resampler_work(images, images * count, images * count, WIDTH, tokens.element_size(), direction != "forward")
     steps = {name: lab.timed_step(module, call, direction, [probes]) for name, (module, call) in calls.items()}
     rounds = 30 if lab.CUDA else (5 if count > 1024 else 9)
     interleaved(steps, "stock", rounds, work, dtype, baselines=[name for name in steps if name != "auto"])
@@ -61,6 +60,7 @@ def test_probe(interleaved, lab, dtype, count, images, direction):
 
 MEMORY_PROBE = """
 import resource, sys, torch
+from vreflection.benchmarking.prediction import resampler_work
 from vreflection.modules import DynamicAutoregressiveCompression
 which, count, width = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 def now(): return int(next(l for l in open("/proc/self/status") if l.startswith("VmRSS")).split()[1]) * 1024

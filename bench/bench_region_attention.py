@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from vreflection.benchmarking.prediction import resampler_work
 from vreflection.modules import BoxGuidedCompression
 from vreflection.ops import roi_align, roi_plan, window_plan
 
@@ -74,7 +75,7 @@ def test_region(interleaved, lab, dtype, case, region, direction):
         for _, call in calls.values():
             lab.agree(call(), expected, dtype)
     distinct = len(plan.key_tokens().unique())
-    work = lab.resampler_work(
+    work = resampler_work(
         len(boxes), plan.num_keys, distinct, WIDTH, tokens.element_size(), direction != "forward", shared=True
     )
     steps = {name: lab.timed_step(module, call, direction) for name, (module, call) in calls.items()}

@@ -5,6 +5,7 @@ import contextlib
 import pytest
 import torch
 
+from vreflection.benchmarking.prediction import roi_align_work
 from vreflection.ops import roi_align
 
 WIDTH, SIDE = 3584, 72
@@ -55,13 +56,9 @@ def test_roi_align(interleaved, lab, dtype, cells, direction):
 
         return forward if direction == "forward" else both
 
-    size = tokens.element_size()
-    # Each cell takes 16 taps of two axes, and each tap's token is read once per box.
-    moved = (4 * 32 * 32 + 4 * cells**2) * WIDTH * size
-    flops = 2 * 4 * cells**2 * 16 * WIDTH
-    if direction != "forward":
-        moved, flops = 2 * moved + SIDE * SIDE * WIDTH * size, 2 * flops
+    covered = 4 * 32 * 32  # tokens under the boxes
+    work = roi_align_work(4, cells, covered, SIDE * SIDE, WIDTH, tokens.element_size(), direction != "forward")
     steps = {name: step(call) for name, call in calls.items()}
     rounds = 30 if lab.CUDA else 9
     others = [name for name in calls if name != "auto"]
-    interleaved(steps, "dense", rounds, (moved, flops), dtype, baselines=others)
+    interleaved(steps, "dense", rounds, work, dtype, baselines=others)

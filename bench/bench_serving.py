@@ -100,7 +100,7 @@ def load(port: int, clients: int, sent: list[bytes]) -> dict[str, float]:
     }
 
 
-@pytest.mark.parametrize("clients", [1, 4, 8, 16, 32, 64, 128, 200])
+@pytest.mark.parametrize("clients", [32, 1, 8, 200, 4, 16, 64, 128])
 def test_clients(benchmark, servers, lab, clients):
     images = [picture(seed) for seed in range(8)]
     sent = [message(question(number, images)) for number in range(40)]
@@ -110,17 +110,17 @@ def test_clients(benchmark, servers, lab, clients):
     middle = {
         name: {key: statistics.median(one[key] for one in found) for key in found[0]} for name, found in rounds.items()
     }
-    ratio = middle["batched"]["requests_per_s"] / middle["one at a time"]["requests_per_s"]
-    benchmark.extra_info.update(
-        {"clients": clients, "load": middle, "rounds": rounds, "ratio": ratio, **lab.versions()}
-    )
+    seconds = {name: [1 / one["requests_per_s"] for one in found] for name, found in rounds.items()}
+    sweep = {"figure": "serving", "axis": "clients", "value": clients, "count": 1}
+    row = lab.timed_row(seconds, "one at a time", sweep=sweep)
+    benchmark.extra_info.update({**row, "clients": clients, "load": middle, "rounds": rounds})
     benchmark.pedantic(lambda: None, rounds=1)
     shown = [
         f"{name} {row['requests_per_s']:.1f}/s (p50 {1e3 * row['p50_s']:.0f}, p95 {1e3 * row['p95_s']:.0f}, p99 "
         f"{1e3 * row['p99_s']:.0f} ms)"
         for name, row in middle.items()
     ]
-    print(f"\n{clients} clients: {', '.join(shown)}: {ratio:.1f}x")
+    print(f"\n{clients} clients: {', '.join(shown)}: {row['speedup']['batched']:.1f}x")
 
 
 @pytest.mark.skipif("SERVING_SOAK" not in os.environ, reason="minutes; SERVING_SOAK=10000 runs it")

@@ -18,6 +18,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 import training_case as case
 
+from vreflection.benchmarking.prediction import training_work
+from vreflection.training.memory_plan import Plan
+from vreflection.training.model_shape import shape_from_config
+
 FULL = os.environ.get("BENCH_FULL", "") not in ("", "0")
 SIZES = os.environ.get("TRAINING_SIZES", "quickstart,0.1b" if FULL else "quickstart").split(",")
 ROUNDS = {"quickstart": 7, "0.1b": 2}
@@ -71,7 +75,12 @@ def test_samples_per_second(two_threads, interleaved, benchmark, size, stage):
         )
         for variant in case.VARIANTS
     }
-    medians = interleaved(steps, base="naive", rounds=ROUNDS[size])
+    micro = case.MICRO_BATCH[size]
+    plan = Plan(stage, "ddp", world=1, precision="float32", checkpointing=False, accumulation=len(samples) // micro)
+    shape = shape_from_config(model.config.to_dict())
+    work = training_work(shape, case.described(plan, samples, model.config, plan.accumulation))
+    sweep = {"figure": "training", "axis": size, "value": stage, "count": len(samples)}
+    medians = interleaved(steps, "naive", ROUNDS[size], work, sweep=sweep, kept=size == "quickstart")
     rates = {variant: len(samples) / seconds for variant, seconds in medians.items()}
     benchmark.extra_info["samples_per_s"] = rates
     print(f"  samples/s: {', '.join(f'{variant} {rate:.2f}' for variant, rate in rates.items())}")

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+import training_case as case
 import training_shapes as shapes
 
 CUDA = torch.cuda.is_available()
@@ -30,7 +31,7 @@ def measured(lab, run: shapes.Run) -> dict:
         torch.cuda.reset_peak_memory_stats()
     seconds = lab.seconds_of(lambda: losses.append(step()))
     assert losses[1] == pytest.approx(losses[0], rel=0.02)  # the same batch and, nearly, the same weights
-    plan = shapes.described(run, samples, model.config)
+    plan = case.described(run.plan, samples, model.config)
     row = shapes.predicted(run, plan)
     told = {
         "tokens": plan.tokens, "step_s": seconds, "tokens_per_s": plan.tokens / seconds,

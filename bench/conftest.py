@@ -1,8 +1,8 @@
 """Shared by all suites: interleaved timing, so that a ratio holds when the machine's speed drifts; measured ceilings.
 
 Every row gets, besides the benchmark's own numbers, p20/p50/p80 of each variant, ratios to the base, and, where the
-case states its bytes and flops, the speed of light (the larger of bytes over copy bandwidth and flops over matrix peak,
-both measured in the same run) and each variant's share of it.
+case states its work (vreflection.benchmarking.prediction), the speed of light (the larger of bytes over copy bandwidth
+and flops over matrix peak, both measured in the same run) and each variant's share of it.
 
 BENCH_SECONDS: no case of a suite (a file) starts once the suite has run this long; 60 by default, BENCH_FULL=1 takes
 the bound away. BENCH_ROWS: a file to which each row is appended as soon as it is measured, for runs that may be
@@ -14,10 +14,13 @@ import os
 import statistics
 import subprocess
 import time
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
 import torch
+
+from vreflection.benchmarking.prediction import Device, Work
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -59,9 +62,13 @@ def percentile(values, share):
     return ordered[min(int(share * len(ordered)), len(ordered) - 1)]
 
 
-def measure_ceilings(dtype) -> dict[str, float]:
-    """Copy bandwidth (bytes read plus written per second) and matrix peak (flops per second) of this device."""
-    source = torch.randn((256 if CUDA else 64) * MIB, device=DEVICE)
+def measure_ceilings(dtype, kept: bool) -> Device:
+    """Copy bandwidth (bytes read plus written per second) and matrix peak (flops per second) of this device.
+
+    `kept`: bandwidth of what stays in the processor's cache, for models that fit there.
+    """
+    size = 256 * MIB if CUDA else (MIB if kept else 64 * MIB)
+    source = torch.randn(size, device=DEVICE)
     target = torch.empty_like(source)
     side = 8192 if CUDA else 1536
     left, right = (torch.randn(side, side, device=DEVICE, dtype=dtype) for _ in range(2))
@@ -71,17 +78,20 @@ def measure_ceilings(dtype) -> dict[str, float]:
     for name, function in (("copy", copy), ("matrix", lambda: left @ right)):
         function()
         best[name] = min(seconds_of(function) for _ in range(7))
-    return {
-        "bytes_per_s": 2 * source.numel() * source.element_size() / best["copy"],
-        "flops_per_s": 2 * side**3 / best["matrix"],
-    }
+    return Device(2 * source.numel() * source.element_size() / best["copy"], 2 * side**3 / best["matrix"])
 
 
 @pytest.fixture(scope="session")
 def ceilings():
-    """`ceilings(dtype)`, measured once per dtype and session."""
-    known = {}
-    return lambda dtype: known.get(dtype) or known.setdefault(dtype, measure_ceilings(dtype))
+    """`ceilings(dtype, kept)`, measured once per session."""
+    known: dict[tuple, Device] = {}
+
+    def of(dtype, kept: bool = False) -> Device:
+        if (dtype, kept) not in known:
+            known[dtype, kept] = measure_ceilings(dtype, kept)
+        return known[dtype, kept]
+
+    return of
 
 
 def versions() -> dict[str, str]:
@@ -91,18 +101,35 @@ def versions() -> dict[str, str]:
     return found
 
 
+def timed_row(seconds: dict[str, list[float]], base: str, baselines=None, sweep=None) -> dict:
+    """What every timed row says of its variants' rounds."""
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    return {
+        "median_s": medians,
+        "p20_s": {name: percentile(values, 0.2) for name, values in seconds.items()},
+        "p80_s": {name: percentile(values, 0.8) for name, values in seconds.items()},
+        "speedup_over": base,
+        "speedup": {name: medians[base] / value for name, value in medians.items()},
+        "raw_s": seconds,
+        "baselines": list(baselines or [base]),
+        **({"sweep": sweep} if sweep else {}),
+        **versions(),
+    }
+
+
 @pytest.fixture
 def interleaved(benchmark, ceilings):
     """`interleaved({"ours": f, "reference": g}, base="reference")` times the functions in turn in one run.
 
-    The first function is the benchmark's own row. `work=(bytes, flops)` of one call and `dtype` add the speed of light.
+    The first function is the benchmark's own row. `work` of one call of it and `dtype` add the speed of light; `kept`
+    says that the work's bytes stay in a CPU's cache from one call to the next.
     `before` holds what to do, untimed, before each call of a function. `baselines` are what the first function is
     judged against (default: the base alone); `sweep` makes the row a point of a figure. Nothing is asserted about time.
     """
 
     def run(
-        functions: dict, base: str, rounds: int = 7, work=None, dtype=torch.float32, before=None, baselines=None,
-        sweep=None,
+        functions: dict, base: str, rounds: int = 7, work: Work | None = None, dtype=torch.float32, before=None,
+        baselines=None, sweep=None, kept: bool = False,
     ) -> dict[str, float]:  # fmt: skip
         seconds: dict[str, list[float]] = {name: [] for name in functions}
         for turn in range(rounds + 1):
@@ -112,25 +139,13 @@ def interleaved(benchmark, ceilings):
                 taken = seconds_of(function)
                 if turn:  # the first turn warms up
                     seconds[name].append(taken)
-        medians = {name: statistics.median(values) for name, values in seconds.items()}
-        ratios = {name: medians[base] / value for name, value in medians.items()}
-        row = {
-            "median_s": medians,
-            "p20_s": {name: percentile(values, 0.2) for name, values in seconds.items()},
-            "p80_s": {name: percentile(values, 0.8) for name, values in seconds.items()},
-            "speedup_over": base,
-            "speedup": ratios,
-            "raw_s": seconds,
-            "baselines": list(baselines or [base]),
-            **({"sweep": sweep} if sweep else {}),
-            "dtype": str(dtype).removeprefix("torch."),
-            **versions(),
-        }
+        row = timed_row(seconds, base, baselines, sweep) | {"dtype": str(dtype).removeprefix("torch.")}
+        medians, ratios = row["median_s"], row["speedup"]
         shown = [f"{name} {1e3 * s:.3g} ms ({ratios[name]:.2f}x)" for name, s in medians.items()]
         if work is not None:
-            ceiling = ceilings(dtype)
-            light = max(work[0] / ceiling["bytes_per_s"], work[1] / ceiling["flops_per_s"])
-            row |= {"bytes": work[0], "flops": work[1], "speed_of_light_s": light, "ceilings": ceiling}
+            ceiling = ceilings(dtype, kept)
+            light = work.seconds(ceiling)
+            row |= {"bytes": work.bytes, "flops": work.flops, "speed_of_light_s": light, "ceilings": asdict(ceiling)}
             row["share_of_light"] = {name: light / s for name, s in medians.items()}
             first = next(iter(functions))
             shown.append(f"speed of light {1e3 * light:.3g} ms, {first} at {100 * row['share_of_light'][first]:.0f} %")
@@ -184,7 +199,7 @@ class StockResampler(torch.nn.Module):
 
 
 class ProjectedAttention(torch.nn.Module):
-    """The same with the least around it: keys and values projected, fused attention (flash where it is), projected back.
+    """The same with the least around it: keys and values projected, fused attention (flash where it is), projection.
 
     Equal numbers of keys per query set, so no mask.
     """
@@ -209,18 +224,6 @@ def compiled_too() -> bool:
     return CUDA or os.environ.get("BENCH_COMPILE", "") not in ("", "0")
 
 
-def resampler_work(boxes: int, keys: int, tokens: int, width: int, itemsize: int, backward: bool, shared: bool = False):
-    """Fewest bytes and flops of one resampler call: four weights, the tokens once per product, 64 rows per box."""
-    queries = heads = 8
-    vectors = (queries if shared else boxes * queries) + boxes * queries
-    weights, region = 4 * width * width * itemsize, tokens * width * itemsize
-    flops = 2 * vectors * width * width * 2 + 4 * heads * queries * keys * width
-    if not backward:
-        return weights + region, flops
-    # Backward reads the weights, writes their gradients and reads the tokens again.
-    return 3 * weights + 2 * region, 3 * flops
-
-
 def timed_step(module, call, direction: str, leaves=()):
     """A closure that runs `call()` forward only, or forward and backward with gradients dropped afterwards."""
 
@@ -241,7 +244,7 @@ def timed_step(module, call, direction: str, leaves=()):
 def lab():
     """The helpers above, for suites."""
     modules = (StockResampler, ProjectedAttention)
-    functions = (*modules, agree, compiled_too, resampler_work, timed_step, versions, seconds_of)
+    functions = (*modules, agree, compiled_too, timed_step, timed_row, versions, seconds_of)
     return SimpleNamespace(CUDA=CUDA, DEVICE=DEVICE, **{function.__name__: function for function in functions})
 
 

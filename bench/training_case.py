@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -16,9 +18,11 @@ from vreflection.model.layout import BatchLayout
 from vreflection.model.modeling import VReflectionForConditionalGeneration
 from vreflection.model.packed_attention import PACKED_ATTENTION
 from vreflection.model.packed_vision import pack_vision, unpack_vision
+from vreflection.training.memory_plan import Plan
 
 THREADS = 2
 SLOTS = 8
+IGNORE = -100
 # Visual tokens (rows, columns) of 16 images between 64 and 504 tokens, and text tokens around them; in no order.
 GRIDS = [(16, 16), (8, 8), (18, 24), (12, 12), (9, 12), (24, 21), (14, 16), (10, 12),
          (20, 20), (8, 10), (16, 22), (12, 14), (10, 20), (18, 18), (22, 21), (14, 20)]  # fmt: skip
@@ -94,7 +98,7 @@ def make_samples(config, count: int = 16, seed: int = 0) -> list[EncodedSample]:
         samples.append(
             EncodedSample(
                 input_ids=torch.tensor(ids),
-                labels=torch.tensor([-100] * len(prompt) + ids[len(prompt) :]),
+                labels=torch.tensor([IGNORE] * len(prompt) + ids[len(prompt) :]),
                 mm_token_type_ids=torch.tensor([int(token == config.image_token_id) for token in ids]),
                 position_ids=torch.from_numpy(mrope_positions(ids, config.image_token_id, grid.tolist())),
                 boxes=torch.from_numpy(np.concatenate([corner, corner + far], axis=1)),
@@ -106,10 +110,19 @@ def make_samples(config, count: int = 16, seed: int = 0) -> list[EncodedSample]:
     return samples
 
 
+def described(plan: Plan, samples: list[EncodedSample], config, micro_batches: int = 1) -> Plan:
+    """`plan` with the tokens and shares of these samples, spread over so many micro-batches."""
+    tokens = sum(len(sample.input_ids) for sample in samples)
+    visual = sum(int((sample.input_ids == config.image_token_id).sum()) for sample in samples)
+    supervised = sum(int((sample.labels != IGNORE).sum()) for sample in samples)
+    return replace(
+        plan, tokens=tokens // micro_batches, sample_tokens=math.ceil(tokens / len(samples)),
+        visual_share=visual / tokens, supervised_share=supervised / tokens,
+    )  # fmt: skip
+
+
 def cached(model, samples: list[EncodedSample]) -> list[EncodedSample]:
     """The same samples with the frozen vision tower's output in place of pixels."""
-    from dataclasses import replace
-
     with torch.no_grad():
         return [
             replace(

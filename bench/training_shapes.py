@@ -5,11 +5,11 @@ The same code path at `tiny` runs on a CPU, which is how it is tested.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import training_case as case
+from random_model import random_model
 
 from vreflection.data.collate import PackedCollator
 from vreflection.data.encode import EncodedSample
@@ -21,7 +21,6 @@ from vreflection.training.memory_plan import Plan, PlanRow, memory_row
 from vreflection.training.model_shape import NAMED, ModelShape
 from vreflection.training.settings import LoraSettings
 
-IGNORE = -100
 TINY = ModelShape(
     width=64, mlp=96, layers=2, heads=4, kv_heads=2, vocabulary=512, tied=False, vision_width=32, vision_mlp=48,
     vision_layers=2, full_layers=1,
@@ -35,13 +34,12 @@ class Run:
     shape: ModelShape
     lora_rank: int
     tokens: int
-    stage: str = "stage1"
 
     @property
     def plan(self) -> Plan:
         """The same run for `memory_plan`, in bfloat16 on one GPU; what the samples are is filled in by `described`."""
         return Plan(
-            self.stage, "ddp", world=1, precision="bfloat16", tokens=self.tokens, lora_rank=self.lora_rank,
+            "stage1", "ddp", world=1, precision="bfloat16", tokens=self.tokens, lora_rank=self.lora_rank,
             accumulation=1,
         )  # fmt: skip
 
@@ -54,48 +52,9 @@ RUNS = {
 }
 
 
-def host_config(shape: ModelShape):
-    from transformers import Qwen2_5_VLConfig
-
-    half = shape.width // shape.heads // 2
-    sections = [half - 2 * (3 * half // 8), 3 * half // 8, 3 * half // 8]
-    every = shape.vision_layers // shape.full_layers
-    ids = {name: shape.vocabulary - 1 - place for place, name in enumerate(
-        ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"))}  # fmt: skip
-    return Qwen2_5_VLConfig(
-        text_config={
-            "vocab_size": shape.vocabulary, "hidden_size": shape.width, "intermediate_size": shape.mlp,
-            "num_hidden_layers": shape.layers, "num_attention_heads": shape.heads,
-            "num_key_value_heads": shape.kv_heads, "tie_word_embeddings": shape.tied, "rope_theta": 1e6,
-            "rope_scaling": {"type": "default", "rope_type": "default", "mrope_section": sections},
-            "max_position_embeddings": 128000, "bos_token_id": None, "eos_token_id": None,
-        },
-        vision_config={
-            "depth": shape.vision_layers, "hidden_size": shape.vision_width, "intermediate_size": shape.vision_mlp,
-            "num_heads": max(shape.vision_width // 80, 2), "out_hidden_size": shape.width, "patch_size": shape.patch,
-            "window_size": shape.window, "fullatt_block_indexes": list(range(every - 1, shape.vision_layers, every)),
-        },
-        tie_word_embeddings=shape.tied, **ids,
-    )  # fmt: skip
-
-
 def build(run: Run, device: str, dtype: torch.dtype) -> VReflectionForConditionalGeneration:
     """A model in training, made on `device`, as `vreflection train` prepares it: packed attention, recomputation."""
-    from transformers import Qwen2_5_VLForConditionalGeneration
-
-    kept = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            torch.manual_seed(0)
-            host = Qwen2_5_VLForConditionalGeneration(host_config(run.shape))
-            ids = {name: run.shape.vocabulary - 9 - place for place, name in enumerate(
-                ("lvr_start_id", "lvr_id", "lvr_latent_end_id", "lvr_end_id"))}  # fmt: skip
-            model = VReflectionForConditionalGeneration.from_base(
-                host, run.stage, num_latent_tokens=case.SLOTS, resampler_num_heads=8, **ids
-            )
-    finally:
-        torch.set_default_dtype(kept)
+    _, model = random_model(run.shape, device, dtype)
     model.set_attn_implementation({"": "sdpa", "text_config": PACKED_ATTENTION})
     model.freeze_for_stage()
     pack_vision(model.model.visual)
@@ -117,17 +76,6 @@ def packed_batch(config, tokens: int, device: str) -> tuple[dict, list[EncodedSa
     batch = PackedCollator()(samples)
     moved = {k: v.to(device) if k not in host and isinstance(v, torch.Tensor) else v for k, v in batch.items()}
     return moved, samples
-
-
-def described(run: Run, samples: list[EncodedSample], config) -> Plan:
-    """`run.plan` with the shares of the real batch."""
-    tokens = sum(len(sample.input_ids) for sample in samples)
-    visual = sum(int((sample.input_ids == config.image_token_id).sum()) for sample in samples)
-    supervised = sum(int((sample.labels != IGNORE).sum()) for sample in samples)
-    return replace(
-        run.plan, tokens=tokens, sample_tokens=math.ceil(tokens / len(samples)), visual_share=visual / tokens,
-        supervised_share=supervised / tokens,
-    )  # fmt: skip
 
 
 def predicted(run: Run, plan: Plan) -> PlanRow:

@@ -49,6 +49,15 @@ def test_a_run_that_is_slower_everywhere_is_flagged():
     assert len(compare_rows(old, new).slower) == 20
 
 
+def test_many_different_changes_are_unclear_and_not_hidden():
+    """Nearly every row changed, each differently (another machine, a rewrite): the spread is no noise then."""
+    rng = np.random.default_rng(0)
+    old, new = a_run(rng, noise=0.01), a_run(rng, noise=0.01, drift=0.3)
+    found = compare_rows(old, new)
+    assert sum(change.verdict == "unclear" for change in found.changes) > 10
+    assert "unclear, up to" in comparison_text(found)
+
+
 def test_faster_is_no_regression():
     rng = np.random.default_rng(0)
     found = compare_rows(a_run(rng), a_run(rng, slower=3, by=0.5))

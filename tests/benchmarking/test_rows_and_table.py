@@ -61,7 +61,7 @@ def test_losing_rows_come_first_the_worst_at_the_top(read):
 def test_share_memory_and_further_figures(read):
     memory = {"name": "test_memory", "extra_info": {"extra_peak_bytes": {"ours": 2**20, "stock": 2**22}}}
     text = report_text(read(row(speed_of_light_s=0.25), memory, row("test_rate", rate={"ours": 12.3456})))
-    assert "| 25 % |" in text and "memory: ours 1 MiB, stock 4 MiB (ratio 0.250)" in text
+    assert "| 250 ms, 25 % |" in text and "memory: ours 1 MiB, stock 4 MiB (ratio 0.250)" in text
     assert "rate: rate: ours 12.35" in text
 
 

@@ -22,10 +22,11 @@ def shapes():
 
 @pytest.mark.parametrize(("name", "parameters"), [("7b LoRA", 8_292_166_656), ("3b full", 3_754_622_976)])
 def test_the_real_sizes_have_the_real_number_of_parameters(shapes, name, parameters):
+    import random_model
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     with torch.device("meta"):
-        host = Qwen2_5_VLForConditionalGeneration(shapes.host_config(shapes.RUNS[name].shape))
+        host = Qwen2_5_VLForConditionalGeneration(random_model.host_config(shapes.RUNS[name].shape))
     assert sum(p.numel() for p in host.parameters()) == parameters
     assert host.config.vision_config.fullatt_block_indexes == [7, 15, 23, 31]
     assert host.config.vision_config.num_heads == 16
@@ -38,7 +39,7 @@ def test_a_pack_is_full_and_described_as_it_is(shapes):
     config = shapes.build(shapes.RUNS["tiny full"], "cpu", torch.float32).config
     batch, samples = shapes.packed_batch(config, run.tokens, "cpu")
     assert 0.98 * run.tokens < batch["input_ids"].numel() <= run.tokens
-    plan = shapes.described(run, samples, config)
+    plan = shapes.case.described(run.plan, samples, config)
     assert plan.tokens == batch["input_ids"].numel() and plan.lora_rank == 64
     assert plan.visual_share * plan.tokens == pytest.approx(int((batch["input_ids"] == config.image_token_id).sum()))
     assert plan.supervised_share * plan.tokens == pytest.approx(int((batch["labels"] != -100).sum()))

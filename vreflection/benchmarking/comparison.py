@@ -42,7 +42,8 @@ class Change:
     Attributes:
         old, new: median of the time over the base's (seconds with `seconds=True`). change: new / old, above 1 slower.
         low, high: interval of `change` from the rounds, at the level described above.
-        verdict: `slower`, `faster`, `same` (within the noise), `few rounds` (not judged).
+        verdict: `slower`, `faster`, `same` (within the rounds' noise), `unclear` (beyond it, but not beyond the spread
+            of all changes: either noise between runs, or most rows really changed), `few rounds` (not judged).
     """
 
     row: str
@@ -192,8 +193,10 @@ def _judge(pair: _Pair, count: int, spread: float | None) -> Change:
     stands_out = spread is None or abs(pair.shift) > _SPREADS * spread
     if not pair.judged:
         verdict = "few rounds"
-    elif not stands_out or low <= 0 <= high:
+    elif low <= 0 <= high:
         verdict = "same"
+    elif not stands_out:
+        verdict = "unclear"
     else:
         verdict = "slower" if low > 0 else "faster"
     old, new = (math.exp(float(np.median(values))) for values in (pair.old, pair.new))
@@ -213,7 +216,7 @@ def _notes(old: Sequence[Row], new: Sequence[Row]) -> list[str]:
 
 def comparison_text(comparison: Comparison) -> str:
     """For reading: what changed first, then the rest, then what was not compared."""
-    order = {"slower": 0, "faster": 1, "few rounds": 2, "same": 3}
+    order = {"slower": 0, "unclear": 1, "faster": 2, "few rounds": 3, "same": 4}
     changes = sorted(comparison.changes, key=lambda change: (order[change.verdict], -change.change))
     head = ("case", "variant", "old", "new", "new / old", "noise of the rounds", "verdict")
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
@@ -231,6 +234,12 @@ def comparison_text(comparison: Comparison) -> str:
         else f"all changes spread by a factor of {comparison.spread:.3f}, a flag needs its fourth power"
     )
     lines += ["", f"{judged} variants judged, {len(comparison.slower)} slower; {spread}."]
+    if unclear := [change for change in comparison.changes if change.verdict == "unclear"]:
+        most = max(unclear, key=lambda change: change.change)
+        lines.append(
+            f"{len(unclear)} unclear, up to {most.change:.2f} ({most.row}): beyond their rounds, not beyond that "
+            "spread; repeat both runs into more files, on one machine."
+        )
     if few := len(comparison.changes) - judged:
         lines.append(f"{few} with fewer than {MIN_ROUNDS} rounds are not judged; repeat their suite into more files.")
     for title, names in (

@@ -17,6 +17,7 @@ _INK = "#7d8590"
 _COLOURS = ("#2f81f7", "#db6d28", "#3fb950", "#a371f7", "#db61a2", "#bf8700")
 _MARKS = ("o", "s", "^", "D", "v", "P")
 _AXES = {"tokens": "tokens", "boxes": "boxes", "width": "width", "batch": "rows decoded together"}
+_PER_SECOND = ("requests/s", "samples/s")
 
 
 def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
@@ -30,6 +31,8 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
         "growth": lambda plt, found: _curves(plt, found, "growth", "ms"),
         "memory": lambda plt, found: _curves(plt, found, "memory", "MiB"),
         "decode": lambda plt, found: _curves(plt, found, "decode", "ms per step"),
+        "serving": lambda plt, found: _curves(plt, found, "serving", "requests/s"),
+        "training": lambda plt, found: _bars(plt, found, "training", "samples/s"),
         "roofline": _roofline,
     }
     written = []
@@ -38,7 +41,6 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
         for name, make in figures.items():
             figure = make(pyplot, rows)
             if figure is not None:
-                figure.tight_layout()
                 figure.savefig(folder / f"{name}.svg", transparent=True, metadata={"Date": None})
                 pyplot.close(figure)
                 written.append(folder / f"{name}.svg")
@@ -77,14 +79,14 @@ def _points(rows: Sequence[Row], figure: str) -> dict[str, list[Row]]:
 
 
 def _curves(pyplot: Any, rows: Sequence[Row], figure_name: str, unit: str) -> Any:
-    """One panel per swept size, one line per variant; time with the speed of light beside it."""
+    """One panel per swept size, one line per variant; times with the speed of light beside them."""
     panels = _points(rows, figure_name)
     if not panels:
         return None
     from matplotlib import ticker
 
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(3.4 * len(panels), 3.0), squeeze=False)
-    variants = list(dict.fromkeys(name for points in panels.values() for row in points for name in _values(row)))
+    figure, axes = _panels(pyplot, len(panels), 3.4 if len(panels) > 1 else 4.4)
+    variants = _variants(panels)
     for axis, (swept, points) in zip(axes[0], panels.items()):
         for index, variant in enumerate(variants):
             known = [(row.sweep["value"], _values(row)[variant]) for row in points if variant in _values(row)]
@@ -92,7 +94,7 @@ def _curves(pyplot: Any, rows: Sequence[Row], figure_name: str, unit: str) -> An
                 style = {"marker": _MARKS[index % len(_MARKS)], "color": _COLOURS[index % len(_COLOURS)]}
                 axis.plot(*zip(*known), label=variant, markersize=4, linewidth=1.3, **style)
         light = [(row.sweep["value"], 1e3 * row.light_s / row.sweep.get("steps", 1)) for row in points if row.light_s]
-        if light and unit != "MiB":
+        if light and unit not in ("MiB", *_PER_SECOND):
             axis.plot(*zip(*light), ":", color=_INK, label="speed of light")
         sizes = sorted({row.sweep["value"] for row in points})
         axis.set(xscale="log", yscale="log", xlabel=_AXES.get(swept, swept), ylabel=unit)
@@ -104,10 +106,41 @@ def _curves(pyplot: Any, rows: Sequence[Row], figure_name: str, unit: str) -> An
     return figure
 
 
+def _panels(pyplot: Any, count: int, width: float) -> tuple[Any, Any]:
+    return pyplot.subplots(1, count, figsize=(width * count, 3.3), squeeze=False, layout="constrained")
+
+
+def _bars(pyplot: Any, rows: Sequence[Row], figure_name: str, unit: str) -> Any:
+    """One panel per axis, a group of bars per value, a bar per variant."""
+    panels = _points(rows, figure_name)
+    if not panels:
+        return None
+    figure, axes = _panels(pyplot, len(panels), 4.4)
+    variants = _variants(panels)
+    width = 0.8 / len(variants)
+    for axis, (swept, points) in zip(axes[0], panels.items()):
+        for index, variant in enumerate(variants):
+            heights = [_values(row).get(variant, 0.0) for row in points]
+            places = [place + (index - (len(variants) - 1) / 2) * width for place in range(len(points))]
+            bars = axis.bar(places, heights, width * 0.92, label=variant, color=_COLOURS[index % len(_COLOURS)])
+            axis.bar_label(bars, fmt="%.3g", fontsize=8, color=_INK, padding=2)
+        axis.set_xticks(range(len(points)), [str(row.sweep["value"]) for row in points])
+        axis.set(title=swept, ylabel=unit)
+        axis.grid(True, axis="y")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), frameon=False, loc="outside upper center", ncols=4)
+    return figure
+
+
+def _variants(panels: dict[str, list[Row]]) -> list[str]:
+    return list(dict.fromkeys(name for points in panels.values() for row in points for name in _values(row)))
+
+
 def _values(row: Row) -> dict[str, float]:
-    """What a curve shows of a row: MiB, or milliseconds (per step, where a call is several)."""
+    """What a figure shows of a row: MiB, things per second, or milliseconds (per step, where a call is several)."""
     if row.sweep["figure"] == "memory":
         return {name: size / 2**20 for name, size in row.memory.items() if size > 0}
+    if "count" in row.sweep:
+        return {name: row.sweep["count"] / row.median(name) for name in row.seconds}
     steps = row.sweep.get("steps", 1)
     return {name: 1e3 * row.median(name) / steps for name in row.seconds}
 
@@ -117,8 +150,9 @@ def _roofline(pyplot: Any, rows: Sequence[Row]) -> Any:
     usable = [row for row in rows if row.bytes and row.flops and row.ceilings and row.ours]
     if not usable:
         return None
+    suites = sorted({row.suite for row in usable})
     dtypes = sorted({row.settings.get("dtype", "") for row in usable})
-    figure, axes = pyplot.subplots(1, len(dtypes), figsize=(3.8 * len(dtypes), 3.2), squeeze=False)
+    figure, axes = _panels(pyplot, len(dtypes), 3.8)
     for axis, dtype in zip(axes[0], dtypes):
         points = [row for row in usable if row.settings.get("dtype", "") == dtype]
         intensity = [row.flops / row.bytes for row in points if row.flops and row.bytes]
@@ -128,11 +162,18 @@ def _roofline(pyplot: Any, rows: Sequence[Row]) -> Any:
         knee = ceiling["flops_per_s"] / ceiling["bytes_per_s"]
         roof = [(x, min(x * ceiling["bytes_per_s"], ceiling["flops_per_s"]) / 1e9) for x in (low, knee, high)]
         axis.plot(*zip(*roof), color=_INK, label="measured ceilings")
-        for index, suite in enumerate(sorted({row.suite for row in points})):
+        for index, suite in enumerate(suites):
             shown = [(x, y) for row, x, y in zip(points, intensity, reached) if row.suite == suite]
             style = {"marker": _MARKS[index % len(_MARKS)], "color": _COLOURS[index % len(_COLOURS)]}
-            axis.plot(*zip(*shown), linestyle="", markersize=4, alpha=0.8, label=suite.replace("_", " "), **style)
+            axis.plot(
+                *(zip(*shown) if shown else ([], [])),
+                linestyle="",
+                markersize=4,
+                alpha=0.8,
+                label=suite.replace("_", " "),
+                **style,
+            )
         axis.set(xscale="log", yscale="log", xlabel="flops per byte", ylabel="Gflop/s", title=dtype)
         axis.grid(True)
-    axes[0][0].legend(frameon=False, fontsize=7)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), frameon=False, loc="outside upper center", ncols=4)
     return figure

@@ -7,7 +7,7 @@ from typing import Any
 
 from .rows import Row
 
-_HEAD = ("case", "dtype", "ours", "base", "ratio", "p20 to p80", "fastest baseline", "of speed of light", "others")
+_HEAD = ("case", "dtype", "ours", "base", "ratio", "p20 to p80", "fastest baseline", "speed of light, share", "others")
 
 
 def report_text(rows: Sequence[Row]) -> str:
@@ -32,7 +32,7 @@ def short_text(rows: Sequence[Row], width: int = 150) -> str:
     for row in timed:
         assert row.ours and row.hardest
         lost = "LOSES " if row.loses else ""
-        light = f", {_share(row)} of SoL" if row.light_s else ""
+        light = f", SoL {_share(row)}" if row.light_s else ""
         told = f"{lost}{row.label}: {_shown(row.median(row.ours))}, {_ratio(row):.2f}x {row.hardest}{light}"
         lines.append(told if len(told) <= width else told[: width - 1] + "…")
     return "\n".join(lines) + ("\n" if lines else "")
@@ -70,7 +70,9 @@ def _table(rows: Sequence[Row]) -> list[str]:
 
 
 def _share(row: Row) -> str:
-    return f"{100 * row.light_s / row.median(row.ours):.0f} %" if row.light_s and row.ours else ""
+    if not row.light_s or not row.ours:
+        return ""
+    return f"{_shown(row.light_s)}, {100 * row.light_s / row.median(row.ours):.0f} %"
 
 
 def _memory(rows: Sequence[Row]) -> list[str]:

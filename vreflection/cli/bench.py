@@ -18,7 +18,7 @@ def report(
     plots: Annotated[Path | None, typer.Option(help="folder for figures as SVG; needs vreflection[bench]")] = None,
     short: Annotated[bool, typer.Option("--short", help="one line per row instead of the table")] = False,
 ) -> None:
-    """One table, losing rows first: ratio to the base and to the fastest baseline, share of the speed of light, memory. And figures."""
+    """One table, losing rows first: ratios to base and fastest baseline, share of the speed of light. And figures."""
     from ..benchmarking.rows import read_rows
     from ..benchmarking.table import report_text, short_text
 
