@@ -17,7 +17,6 @@ from vreflection.data.positions import mrope_positions
 from vreflection.model.layout import BatchLayout
 from vreflection.model.modeling import VReflectionForConditionalGeneration
 from vreflection.model.packed_attention import PACKED_ATTENTION
-from vreflection.model.packed_vision import pack_vision, unpack_vision
 from vreflection.training.memory_plan import Plan
 
 THREADS = 2
@@ -143,9 +142,7 @@ def batches_of(model, samples: list[EncodedSample], variant: str, size: int) -> 
 def losses(model, batch: dict, variant: str) -> dict[str, torch.Tensor]:
     """Loss parts and `loss`; ours with the host-side check of the batch that the trainer makes in every step."""
     if variant == "naive":
-        unpack_vision(model.model.visual)
         return naive_losses(model, batch)
-    pack_vision(model.model.visual)
     host = ("boxes", "box_sample", "box_image", "cu_seqlens")
     layout = BatchLayout.from_batch(
         model.config, batch["input_ids"], batch["labels"], batch["image_grid_thw"],

@@ -15,7 +15,6 @@ from vreflection.data.collate import PackedCollator
 from vreflection.data.encode import EncodedSample
 from vreflection.model.modeling import VReflectionForConditionalGeneration
 from vreflection.model.packed_attention import PACKED_ATTENTION
-from vreflection.model.packed_vision import pack_vision
 from vreflection.training.adapters import add_adapters
 from vreflection.training.memory_plan import Plan, PlanRow, memory_row
 from vreflection.training.model_shape import NAMED, ModelShape
@@ -57,7 +56,6 @@ def build(run: Run, device: str, dtype: torch.dtype) -> VReflectionForConditiona
     _, model = random_model(run.shape, device, dtype)
     model.set_attn_implementation({"": "sdpa", "text_config": PACKED_ATTENTION})
     model.freeze_for_stage()
-    pack_vision(model.model.visual)
     if run.lora_rank:
         add_adapters(model, LoraSettings(rank=run.lora_rank))
     model.enable_input_require_grads()

@@ -73,3 +73,18 @@ def test_decoding_gives_the_tokens_of_the_cpu():
     expected = model.generate(ids, max_new_tokens=16, eos_token_id=400)
     got = model.cuda().generate(ids.cuda(), max_new_tokens=16, eos_token_id=400)
     assert torch.equal(got.cpu(), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_vision_tower_in_one_kernel_errs_no_more_than_window_by_window(tiny, dtype):
+    model = tiny.model("stage1").eval()
+    images = [(3, 4), (8, 8), (5, 2), (6, 9)]
+    pixels, grids = tiny.pixels(images), torch.tensor([[1, 2 * h, 2 * w] for h, w in images])
+    with torch.no_grad():
+        wanted = model.visual_tokens(pixels, grids).double()
+        model.to("cuda", dtype)
+        on_gpu = pixels.to("cuda", dtype), grids.cuda()
+        ours = model.visual_tokens(*on_gpu).double().cpu()
+        plain = torch.cat(list(model.model.get_image_features(*on_gpu).pooler_output)).double().cpu()
+    allowed, found = (plain - wanted).abs(), (ours - wanted).abs()
+    assert found.max() <= 2 * allowed.max() and found.mean() <= 2 * allowed.mean()

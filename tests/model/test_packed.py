@@ -7,7 +7,7 @@ from vreflection.data.collate import PackedCollator
 from vreflection.data.encode import EncodedSample
 from vreflection.data.positions import mrope_positions
 from vreflection.model.packed_attention import PACKED_ATTENTION, packed_attention
-from vreflection.model.packed_vision import pack_vision, unpack_vision
+from vreflection.model.packed_vision import packed_vision
 
 BOX_A, BOX_B = [0.1, 0.2, 0.6, 0.7], [0.4, 0.0, 0.95, 0.5]
 
@@ -157,11 +157,10 @@ def test_the_vision_towers_windows_in_one_call_each_length(tiny, windows):
         visual.fullatt_block_indexes = list(range(len(visual.blocks)))
     images = [(3, 4), (8, 8), (5, 2), (6, 9), (8, 8)]
     pixels, grids = tiny.pixels(images), torch.tensor([[1, 2 * h, 2 * w] for h, w in images])
-    expected = model.visual_tokens(pixels, grids)
+    model.model.visual.requires_grad_(True)  # what is to be trained takes the host's way
+    expected = model.visual_tokens(pixels, grids).detach()
+    model.model.visual.requires_grad_(False)
     state = set(model.state_dict())
-    pack_vision(visual)
-    pack_vision(visual)
-    torch.testing.assert_close(model.visual_tokens(pixels, grids), expected, rtol=1e-5, atol=1e-5)
     calls = []
     plain = torch.nn.functional.scaled_dot_product_attention
 
@@ -171,9 +170,24 @@ def test_the_vision_towers_windows_in_one_call_each_length(tiny, windows):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
-        model.visual_tokens(pixels, grids)
+        found = model.visual_tokens(pixels, grids)
         packed_calls = len(calls)
-        unpack_vision(visual)
-        assert torch.equal(model.visual_tokens(pixels, grids), expected)
-    assert packed_calls < len(calls) - packed_calls
-    assert set(model.state_dict()) == state
+        model.model.get_image_features(pixels, grids)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert 0 < packed_calls < len(calls) - packed_calls
+    assert set(model.state_dict()) == state and not any("forward" in part.__dict__ for part in visual.modules())
+
+
+def test_a_vision_tower_that_somebody_changed_is_left_alone(tiny):
+    model = tiny.model("stage1").eval()
+    model.freeze_for_stage()
+    visual = model.model.visual
+    pixels, grids = tiny.pixels([(4, 4)]), torch.tensor([[1, 8, 8]])
+    plain, seen = visual.blocks[0].attn.forward, []
+    visual.blocks[0].attn.forward = lambda *args, **kwargs: (seen.append(1), plain(*args, **kwargs))[1]
+    model.visual_tokens(pixels, grids)
+    assert seen == [1] and "forward" in visual.blocks[0].attn.__dict__
+    del visual.blocks[0].attn.forward
+    model.set_attn_implementation("eager")
+    with packed_vision(visual):
+        assert not any("forward" in part.__dict__ for part in visual.modules())

@@ -157,11 +157,13 @@ def _roofline(pyplot: Any, rows: Sequence[Row]) -> Any:
         points = [row for row in usable if row.settings.get("dtype", "") == dtype]
         intensity = [row.flops / row.bytes for row in points if row.flops and row.bytes]
         reached = [row.flops / row.median(row.ours) / 1e9 for row in points if row.flops and row.ours]
-        ceiling = points[-1].ceilings
-        low, high = min(intensity) / 2, max(*intensity, ceiling["flops_per_s"] / ceiling["bytes_per_s"]) * 2
-        knee = ceiling["flops_per_s"] / ceiling["bytes_per_s"]
-        roof = [(x, min(x * ceiling["bytes_per_s"], ceiling["flops_per_s"]) / 1e9) for x in (low, knee, high)]
-        axis.plot(*zip(*roof), color=_INK, label="measured ceilings")
+        # Memory, and, for models that stay there, a processor's cache.
+        found = sorted({(row.ceilings["bytes_per_s"], row.ceilings["flops_per_s"]) for row in points})
+        low, high = min(intensity) / 2, max(*intensity, *(peak / speed for speed, peak in found)) * 2
+        for speed, peak in (found[0], found[-1]):
+            roof = [(x, min(x * speed, peak) / 1e9) for x in (low, peak / speed, high)]
+            style = {"color": _INK, "linestyle": "-" if (speed, peak) == found[0] else ":"}
+            axis.plot(*zip(*roof), label="measured ceilings" if (speed, peak) == found[0] else None, **style)
         for index, suite in enumerate(suites):
             shown = [(x, y) for row, x, y in zip(points, intensity, reached) if row.suite == suite]
             style = {"marker": _MARKS[index % len(_MARKS)], "color": _COLOURS[index % len(_COLOURS)]}

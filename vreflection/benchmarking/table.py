@@ -33,7 +33,7 @@ def short_text(rows: Sequence[Row], width: int = 150) -> str:
         assert row.ours and row.hardest
         lost = "LOSES " if row.loses else ""
         light = f", SoL {_share(row)}" if row.light_s else ""
-        told = f"{lost}{row.label}: {_shown(row.median(row.ours))}, {_ratio(row):.2f}x {row.hardest}{light}"
+        told = f"{lost}{row.label}: {shown(row.median(row.ours))}, {_ratio(row):.2f}x {row.hardest}{light}"
         lines.append(told if len(told) <= width else told[: width - 1] + "…")
     return "\n".join(lines) + ("\n" if lines else "")
 
@@ -59,10 +59,10 @@ def _table(rows: Sequence[Row]) -> list[str]:
         rival = "" if row.hardest == row.base else f"{_ratio(row):.2f}x {row.hardest}"
         rounds = sorted(b / a for a, b in zip(row.seconds[row.ours], row.seconds[row.base]))
         low, high = (rounds[min(int(share * len(rounds)), len(rounds) - 1)] for share in (0.2, 0.8))
-        others = [f"{name} {_shown(row.median(name))}" for name in row.seconds if name not in (row.ours, row.base)]
+        others = [f"{name} {shown(row.median(name))}" for name in row.seconds if name not in (row.ours, row.base)]
         cells = [
-            row.label.replace("|", "\\|"), row.settings.get("dtype", ""), f"{row.ours} {_shown(row.median(row.ours))}",
-            f"{row.base} {_shown(row.median(row.base))}", f"{row.ratio(row.ours):.2f}x", f"{low:.2f} to {high:.2f}x",
+            row.label.replace("|", "\\|"), row.settings.get("dtype", ""), f"{row.ours} {shown(row.median(row.ours))}",
+            f"{row.base} {shown(row.median(row.base))}", f"{row.ratio(row.ours):.2f}x", f"{low:.2f} to {high:.2f}x",
             rival, _share(row), ", ".join(others),
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
@@ -72,7 +72,7 @@ def _table(rows: Sequence[Row]) -> list[str]:
 def _share(row: Row) -> str:
     if not row.light_s or not row.ours:
         return ""
-    return f"{_shown(row.light_s)}, {100 * row.light_s / row.median(row.ours):.0f} %"
+    return f"{shown(row.light_s)}, {100 * row.light_s / row.median(row.ours):.0f} %"
 
 
 def _memory(rows: Sequence[Row]) -> list[str]:
@@ -91,7 +91,7 @@ def _figures(rows: Sequence[Row]) -> list[str]:
     """Rows without a baseline, and the numbers that a suite adds to its rows, as they came."""
     lines = []
     for row in rows:
-        parts = [f"{name} {_shown(row.median(name))}" for name in row.seconds] if row.hardest is None else []
+        parts = [f"{name} {shown(row.median(name))}" for name in row.seconds] if row.hardest is None else []
         parts += [f"{name}: {_value(value)}" for name, value in row.extra.items() if not isinstance(value, list)]
         if parts:
             lines.append(f"- {row.label}: {'; '.join(parts)}")
@@ -104,7 +104,7 @@ def _value(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _shown(seconds: float) -> str:
+def shown(seconds: float) -> str:
     """Three digits, in the unit that reads best."""
     for unit, scale in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
         if seconds * scale >= 1:

@@ -31,10 +31,15 @@ class WeightWatch:
         self.places, self.values = self.look()
 
     def look(self) -> tuple[list, list]:
-        places = [(id(p), p.data_ptr()) for p in self.model.parameters()]
-        places += [(id(part), 0) for part in self.model.modules() if hooked(part)]
-        # Tensors made in inference mode carry no version.
-        values = [0 if p.is_inference() else p._version for p in self.model.parameters()]
+        places, values = [], []
+        for part in self.model.modules():
+            if hooked(part):
+                places.append((id(part), 0))
+            for p in part._parameters.values():
+                if p is not None:
+                    places.append((id(p), p.data_ptr()))
+                    # Tensors made in inference mode carry no version.
+                    values.append(0 if p.is_inference() else p._version)
         return places, [*values, _optimizer_steps]
 
     def changed(self) -> tuple[bool, bool]:

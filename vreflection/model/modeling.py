@@ -7,6 +7,7 @@ positions.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,7 @@ from .config import STAGES, VReflectionConfig
 from .generation import LatentGenerationMixin
 from .layout import BatchLayout
 from .packed_attention import PACKED_ATTENTION, Sequences
+from .packed_vision import packed_vision
 
 
 @dataclass
@@ -155,8 +157,9 @@ class VReflectionForConditionalGeneration(CheckpointMixin, LatentGenerationMixin
 
     def visual_tokens(self, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor) -> torch.Tensor:
         """Packed visual tokens `(T, D)` of all images; without gradient while the vision tower is frozen."""
-        trainable = any(p.requires_grad for p in self.model.visual.parameters())
-        with torch.set_grad_enabled(trainable and torch.is_grad_enabled()):
+        trained = torch.is_grad_enabled() and any(p.requires_grad for p in self.model.visual.parameters())
+        packed = nullcontext() if trained else packed_vision(self.model.visual)
+        with packed, torch.set_grad_enabled(trained):
             features = self.model.get_image_features(pixel_values, image_grid_thw).pooler_output
         return torch.cat(list(features)) if isinstance(features, (list, tuple)) else features
 

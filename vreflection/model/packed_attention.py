@@ -44,7 +44,8 @@ def packed_attention(
     Returns:
         `(1, L, H, E)`.
     """
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    if half and query.is_cuda and torch.cuda.get_device_capability(query.device) >= (8, 0):
         return varlen_attention(query, key, value, lengths, scale, causal)
     parts = [tensor.split(lengths, dim=2) for tensor in (query, key, value)]
     outputs: list[torch.Tensor | None] = [None] * len(lengths)

@@ -7,6 +7,8 @@ host's convolution has a kernel as large as its stride. Weights, rotation and re
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import MethodType
 
 import torch
@@ -17,19 +19,26 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_
 from .packed_attention import packed_attention
 
 
-def pack_vision(visual: nn.Module) -> None:
-    """Let a Qwen2.5-VL vision tower, in place and this one only, work on all windows at once; again is harmless."""
-    lengths = SegmentLengths()
-    visual.patch_embed.forward = MethodType(embed_patches, visual.patch_embed)
-    for block in visual.blocks:  # pyright: ignore
-        block.attn.forward = MethodType(packed_forward(lengths), block.attn)
+@contextmanager
+def packed_vision(visual: nn.Module) -> Iterator[None]:
+    """Within it a Qwen2.5-VL vision tower, this one only, works on all windows at once.
 
-
-def unpack_vision(visual: nn.Module) -> None:
-    """The host library's own forms again."""
-    visual.patch_embed.__dict__.pop("forward", None)
-    for block in visual.blocks:  # pyright: ignore
-        block.attn.__dict__.pop("forward", None)
+    A tower set to another attention than the host's `sdpa` keeps it, and what somebody put in place of a part's forward
+    stays.
+    """
+    forwards: dict[nn.Module, Callable] = {}
+    if visual.config._attn_implementation == "sdpa":  # pyright: ignore
+        lengths = SegmentLengths()
+        forwards[visual.patch_embed] = embed_patches  # pyright: ignore
+        forwards |= {block.attn: packed_forward(lengths) for block in visual.blocks}  # pyright: ignore
+    free = [part for part in forwards if "forward" not in part.__dict__]
+    for part in free:
+        part.forward = MethodType(forwards[part], part)
+    try:
+        yield
+    finally:
+        for part in free:
+            part.__dict__.pop("forward", None)
 
 
 def embed_patches(self, patches_PC: torch.Tensor) -> torch.Tensor:

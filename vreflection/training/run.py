@@ -22,7 +22,6 @@ from ..model.checkpoint import local_folder
 from ..model.config import STAGES
 from ..model.modeling import VReflectionForConditionalGeneration
 from ..model.packed_attention import PACKED_ATTENTION
-from ..model.packed_vision import pack_vision, unpack_vision
 from ..model.processor import VReflectionProcessor
 from .acceleration import accelerate_model
 from .adapters import add_adapters, has_adapters, load_adapters, merge_adapters
@@ -126,8 +125,6 @@ def load_model(
         model = VReflectionForConditionalGeneration.from_base(base, settings.stage, **token_ids, **latent)
     model.objective = settings.latent_objective()
     model.freeze_for_stage()
-    if not (settings.attn_implementation or "sdpa").startswith(("flash_attention", "eager")):
-        pack_vision(model.model.visual)
     if settings.lora.rank:
         add_adapters(model, settings.lora)
         if resume_from is not None:
@@ -337,7 +334,6 @@ def save_result(trainer: LatentTrainer, processor: VReflectionProcessor, setting
     if has_adapters(model):
         merge_adapters(model)
         weights = model.state_dict()
-    unpack_vision(model.model.visual)
     if settings.data.pack_tokens is not None:
         model.set_attn_implementation({"text_config": settings.attn_implementation or "sdpa"})
     if not is_main_process() or weights is None:
