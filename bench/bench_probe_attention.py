@@ -3,6 +3,7 @@
 BENCH_COMPILE=1 compiles the stock modules on a CPU too.
 """
 
+import functools
 import json
 import subprocess
 import sys
@@ -10,13 +11,14 @@ import sys
 import pytest
 import torch
 
-from vreflection.benchmarking.prediction import resampler_work
+from vreflection.benchmarking.prediction import projected_extra_bytes, resampler_extra_bytes, resampler_work
 from vreflection.modules import DynamicAutoregressiveCompression
 
 WIDTH, QUERIES = 3584, 8
 GRIDS = {1: (1, 1), 16: (4, 4), 64: (8, 8), 256: (16, 16), 1024: (32, 32), 5120: (64, 80), 16384: (128, 128)}
 
 
+@functools.cache
 def build(impl, device, dtype):
     torch.manual_seed(0)
     return DynamicAutoregressiveCompression(WIDTH, impl=impl).to(device, dtype)
@@ -54,13 +56,22 @@ def test_probe(interleaved, lab, dtype, count, images, direction):
             lab.agree(call(), expected, dtype)
     work = resampler_work(images, images * count, images * count, WIDTH, tokens.element_size(), direction != "forward")
     steps = {name: lab.timed_step(module, call, direction, [probes]) for name, (module, call) in calls.items()}
-    rounds = 30 if lab.CUDA else (5 if count > 1024 else 9)
+    rounds = 30 if lab.CUDA else (5 if count >= 1024 else 9)
     interleaved(steps, "stock", rounds, work, dtype, baselines=[name for name in steps if name != "auto"])
+
+
+def memory_row(extra: dict, count: int, itemsize: int) -> dict:
+    predicted = {
+        "auto": resampler_extra_bytes(1, WIDTH, itemsize),
+        "stock": projected_extra_bytes(count, WIDTH, itemsize),
+    }
+    sweep = {"figure": "memory", "axis": "tokens", "value": count}
+    return {"extra_peak_bytes": extra, "predicted_bytes": predicted, "sweep": sweep}
 
 
 MEMORY_PROBE = """
 import resource, sys, torch
-from vreflection.benchmarking.prediction import resampler_work
+from vreflection.benchmarking.prediction import projected_extra_bytes, resampler_extra_bytes, resampler_work
 from vreflection.modules import DynamicAutoregressiveCompression
 which, count, width = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 def now(): return int(next(l for l in open("/proc/self/status") if l.startswith("VmRSS")).split()[1]) * 1024
@@ -93,8 +104,7 @@ def test_extra_peak_memory_forward_backward(benchmark, lab, count):
     for which in ("auto", "stock"):
         command = [sys.executable, "-c", MEMORY_PROBE, which, str(count), str(WIDTH)]
         extra[which] = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    sweep = {"figure": "memory", "axis": "tokens", "value": count}
-    benchmark.extra_info.update({"extra_peak_bytes": extra, "sweep": sweep, **lab.versions()})
+    benchmark.extra_info.update(memory_row(extra, count, 2 if lab.CUDA else 4) | lab.versions())
     benchmark.pedantic(lambda: None, rounds=1)
     print(f"\n{benchmark.name}: {json.dumps({k: f'{v / 2**20:.0f} MiB' for k, v in extra.items()})}, "
           f"ratio {extra['auto'] / extra['stock']:.3f}")  # fmt: skip
@@ -123,7 +133,6 @@ def test_extra_peak_memory_on_the_gpu(benchmark, lab, count):
             call().sum().backward()
             gradients = sum(p.grad.numel() * p.grad.element_size() for p in [*module.parameters(), probes])
             extra[which] = torch.cuda.max_memory_allocated() - before - gradients
-    sweep = {"figure": "memory", "axis": "tokens", "value": count}
-    benchmark.extra_info.update({"extra_peak_bytes": extra, "sweep": sweep, **lab.versions()})
+    benchmark.extra_info.update(memory_row(extra, count, 2 if lab.CUDA else 4) | lab.versions())
     benchmark.pedantic(lambda: None, rounds=1)
     print(f"\n{benchmark.name}: {extra}, ratio {extra['auto'] / extra['stock']:.3f}")

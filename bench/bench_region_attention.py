@@ -1,5 +1,7 @@
 """The teacher at the 7B width, by window and by RoI-Align: `pytest bench/bench_region_attention.py -s`."""
 
+import functools
+
 import pytest
 import torch
 
@@ -21,6 +23,7 @@ CASES = {
 }
 
 
+@functools.cache
 def build(impl, region, device, dtype):
     torch.manual_seed(0)
     return BoxGuidedCompression(WIDTH, region=region, output_size=14, impl=impl).to(device, dtype)
@@ -79,4 +82,4 @@ def test_region(interleaved, lab, dtype, case, region, direction):
         len(boxes), plan.num_keys, distinct, WIDTH, tokens.element_size(), direction != "forward", shared=True
     )
     steps = {name: lab.timed_step(module, call, direction) for name, (module, call) in calls.items()}
-    interleaved(steps, "stock", 30 if lab.CUDA else 7, work, dtype, baselines=["stock", "torch"])
+    interleaved(steps, "stock", 30 if lab.CUDA else 5, work, dtype, baselines=["stock", "torch"])

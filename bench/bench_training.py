@@ -18,9 +18,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 import training_case as case
 
-from vreflection.benchmarking.prediction import training_work
+from vreflection.benchmarking.prediction import training_extra_bytes, training_work
 from vreflection.training.memory_plan import Plan
-from vreflection.training.model_shape import shape_from_config
+from vreflection.training.model_shape import ModelShape, shape_from_config
 
 FULL = os.environ.get("BENCH_FULL", "") not in ("", "0")
 SIZES = os.environ.get("TRAINING_SIZES", "quickstart,0.1b" if FULL else "quickstart").split(",")
@@ -63,6 +63,13 @@ def test_the_baseline_computes_the_same(two_threads, size, stage):
             assert error < 1e-4 or gradient.norm() < 1e-7, (variant, name, float(error))
 
 
+def plan_of(model, samples, size: str, stage: str) -> tuple[ModelShape, Plan]:
+    """The measured step as `vreflection.training.memory_plan` sees it."""
+    parts = len(samples) // case.MICRO_BATCH[size]
+    plan = Plan(stage, "ddp", world=1, precision="float32", checkpointing=False, accumulation=parts)
+    return shape_from_config(model.config.to_dict()), case.described(plan, samples, model.config, parts)
+
+
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("size", SIZES)
 def test_samples_per_second(two_threads, interleaved, benchmark, size, stage):
@@ -75,10 +82,7 @@ def test_samples_per_second(two_threads, interleaved, benchmark, size, stage):
         )
         for variant in case.VARIANTS
     }
-    micro = case.MICRO_BATCH[size]
-    plan = Plan(stage, "ddp", world=1, precision="float32", checkpointing=False, accumulation=len(samples) // micro)
-    shape = shape_from_config(model.config.to_dict())
-    work = training_work(shape, case.described(plan, samples, model.config, plan.accumulation))
+    work = training_work(*plan_of(model, samples, size, stage))
     sweep = {"figure": "training", "axis": size, "value": stage, "count": len(samples)}
     medians = interleaved(steps, "naive", ROUNDS[size], work, sweep=sweep, kept=size == "quickstart")
     rates = {variant: len(samples) / seconds for variant, seconds in medians.items()}
@@ -95,7 +99,14 @@ def test_peak_memory(benchmark, lab, size, stage):
         command = [sys.executable, str(Path(case.__file__)), size, stage, variant]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         found[variant] = json.loads(done.stdout)
-    benchmark.extra_info.update({"peak_bytes": found, **lab.versions()})
+    model = case.build(size, stage)
+    predicted = training_extra_bytes(*plan_of(model, case.make_samples(model.config), size, stage))
+    row = {
+        "extra_peak_bytes": {variant: one["peak"] - one["before"] for variant, one in found.items()},
+        "predicted_bytes": {"ours": predicted},
+        "process_bytes": found,
+    }
+    benchmark.extra_info.update(row | lab.versions())
     benchmark.pedantic(lambda: None, rounds=1)
     base = found["naive"]
     for variant, row in found.items():

@@ -1,14 +1,15 @@
 """Shared by all suites: interleaved timing, so that a ratio holds when the machine's speed drifts; measured ceilings.
 
 Every row gets, besides the benchmark's own numbers, p20/p50/p80 of each variant, ratios to the base, and, where the
-case states its work (vreflection.benchmarking.prediction), the speed of light (the larger of bytes over copy bandwidth
-and flops over matrix peak, both measured in the same run) and each variant's share of it.
+case states its work (vreflection.benchmarking.prediction), the speed of light (the larger of bytes over bandwidth and
+flops over matrix peak, both measured in the same rounds) and each variant's share of it.
 
 BENCH_SECONDS: no case of a suite (a file) starts once the suite has run this long; 60 by default, BENCH_FULL=1 takes
 the bound away. BENCH_ROWS: a file to which each row is appended as soon as it is measured, for runs that may be
 killed.
 """
 
+import functools
 import json
 import os
 import statistics
@@ -62,36 +63,51 @@ def percentile(values, share):
     return ordered[min(int(share * len(ordered)), len(ordered) - 1)]
 
 
-def measure_ceilings(dtype, kept: bool) -> Device:
-    """Copy bandwidth (bytes read plus written per second) and matrix peak (flops per second) of this device.
+class Ceilings:
+    """What this device reaches in bytes and flops per second, timed in turn with the variants of a row.
 
-    `kept`: bandwidth of what stays in the processor's cache, for models that fit there.
+    Bandwidth is the better of copying (bytes read plus written) and, on a CPU, summing; `kept` takes as much as stays
+    in a processor's cache. The matrix product is in `dtype`.
     """
-    size = 256 * MIB if CUDA else (MIB if kept else 64 * MIB)
-    source = torch.randn(size, device=DEVICE)
-    target = torch.empty_like(source)
-    side = 8192 if CUDA else 1536
-    left, right = (torch.randn(side, side, device=DEVICE, dtype=dtype) for _ in range(2))
-    ours = CUDA and hasattr(torch.ops.vreflection, "measure_copy")
-    copy = (lambda: torch.ops.vreflection.measure_copy(target, source)) if ours else (lambda: target.copy_(source))
-    best = {}
-    for name, function in (("copy", copy), ("matrix", lambda: left @ right)):
-        function()
-        best[name] = min(seconds_of(function) for _ in range(7))
-    return Device(2 * source.numel() * source.element_size() / best["copy"], 2 * side**3 / best["matrix"])
+
+    def __init__(self, dtype, kept: bool):
+        size = 256 * MIB if CUDA else (MIB if kept else 64 * MIB)
+        source = torch.randn(size, device=DEVICE)
+        target = torch.empty_like(source)
+        side = 8192 if CUDA else 1536
+        left, right = (torch.randn(side, side, device=DEVICE, dtype=dtype) for _ in range(2))
+        ours = CUDA and hasattr(torch.ops.vreflection, "measure_copy")
+        copy = (lambda: torch.ops.vreflection.measure_copy(target, source)) if ours else (lambda: target.copy_(source))
+        self.calls = {"copy": copy, "matrix": lambda: left @ right}
+        self.amounts = {"copy": 2 * 4 * size, "matrix": 2 * side**3}
+        if not CUDA:
+            self.calls["sum"], self.amounts["sum"] = source.sum, 4 * size
+        self.best: dict[str, float] = {}
+
+    def begin(self, rounds: int) -> None:
+        """A GPU that is ours alone does not drift: it is measured once."""
+        self.rounds = (0 if self.best else 7) if CUDA else rounds
+        if self.rounds:
+            self.best = dict.fromkeys(self.calls, float("inf"))
+
+    def measure(self) -> None:
+        if self.rounds > 0:
+            self.rounds -= 1
+            for name, call in self.calls.items():
+                call()  # what ran before may have emptied the cache
+                self.best[name] = min(self.best[name], seconds_of(call))
+
+    def device(self) -> Device:
+        while CUDA and self.rounds > 0:
+            self.measure()
+        rate = {name: self.amounts[name] / seconds for name, seconds in self.best.items()}
+        return Device(max(rate["copy"], rate.get("sum", 0.0)), rate["matrix"])
 
 
 @pytest.fixture(scope="session")
 def ceilings():
-    """`ceilings(dtype, kept)`, measured once per session."""
-    known: dict[tuple, Device] = {}
-
-    def of(dtype, kept: bool = False) -> Device:
-        if (dtype, kept) not in known:
-            known[dtype, kept] = measure_ceilings(dtype, kept)
-        return known[dtype, kept]
-
-    return of
+    """`ceilings(dtype, kept)`; buffers live as long as the session."""
+    return functools.cache(Ceilings)
 
 
 def versions() -> dict[str, str]:
@@ -132,7 +148,12 @@ def interleaved(benchmark, ceilings):
         baselines=None, sweep=None, kept: bool = False,
     ) -> dict[str, float]:  # fmt: skip
         seconds: dict[str, list[float]] = {name: [] for name in functions}
+        ceiling = ceilings(dtype, kept) if work is not None else None
+        if ceiling is not None:
+            ceiling.begin(rounds)
         for turn in range(rounds + 1):
+            if ceiling is not None:
+                ceiling.measure()
             for name, function in functions.items():
                 if before is not None:
                     before[name]()
@@ -142,10 +163,10 @@ def interleaved(benchmark, ceilings):
         row = timed_row(seconds, base, baselines, sweep) | {"dtype": str(dtype).removeprefix("torch.")}
         medians, ratios = row["median_s"], row["speedup"]
         shown = [f"{name} {1e3 * s:.3g} ms ({ratios[name]:.2f}x)" for name, s in medians.items()]
-        if work is not None:
-            ceiling = ceilings(dtype, kept)
-            light = work.seconds(ceiling)
-            row |= {"bytes": work.bytes, "flops": work.flops, "speed_of_light_s": light, "ceilings": asdict(ceiling)}
+        if work is not None and ceiling is not None:
+            reached = ceiling.device()
+            light = work.seconds(reached)
+            row |= {"bytes": work.bytes, "flops": work.flops, "speed_of_light_s": light, "ceilings": asdict(reached)}
             row["share_of_light"] = {name: light / s for name, s in medians.items()}
             first = next(iter(functions))
             shown.append(f"speed of light {1e3 * light:.3g} ms, {first} at {100 * row['share_of_light'][first]:.0f} %")

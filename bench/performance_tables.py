@@ -116,6 +116,19 @@ def measured_table(rows: Iterable[Row]) -> list[str]:
     return lines
 
 
+def memory_table(rows: Iterable[Row]) -> list[str]:
+    """Markdown: peak memory beyond weights, inputs and, for operators, gradients: predicted and measured."""
+    head = ("suite", "case", "variant", "predicted MiB", "measured MiB", "measured / predicted")
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+    for row in rows:
+        for variant, predicted in row.extra.get("predicted_bytes", {}).items():
+            if variant in row.memory:
+                taken = row.memory[variant]
+                cells = (row.suite, row.label, variant, f"{predicted / 2**20:,.1f}", f"{taken / 2**20:,.1f}")
+                lines.append(f"| {' | '.join(cells)} | {taken / predicted:.2f} |")
+    return lines
+
+
 def without_prediction(rows: Iterable[Row]) -> list[str]:
     """Suites whose rows have none."""
     return sorted({row.suite for row in rows} - {row.suite for row in rows if row.light_s is not None})
@@ -128,4 +141,5 @@ def committed(device: str) -> list[Row]:
 if __name__ == "__main__":
     print("\n".join(["## GPUs", *gpu_table(), "", "## Training", *training_table()]))
     print("\n".join(["", "## Measured on CPU", *measured_table(committed("cpu"))]))
+    print("\n".join(["", "## Memory on CPU", *memory_table(committed("cpu"))]))
     print(f"without a prediction: {', '.join(without_prediction(committed('cpu')))}")

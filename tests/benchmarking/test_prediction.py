@@ -128,9 +128,9 @@ def tables():
         sys.path.remove(str(ROOT / "bench"))
 
 
-@pytest.mark.parametrize("name", ["gpu_table", "training_table", "measured_table"])
+@pytest.mark.parametrize("name", ["gpu_table", "training_table", "measured_table", "memory_table"])
 def test_the_document_shows_these_tables(tables, name):
-    arguments = [tables.committed("cpu")] if name == "measured_table" else []
+    arguments = [tables.committed("cpu")] if name in ("measured_table", "memory_table") else []
     written = (ROOT / "docs" / "performance.md").read_text().splitlines()
     for line in getattr(tables, name)(*arguments):
         assert line in written, f"docs/performance.md: expected this row; python bench/performance_tables.py\n{line}"

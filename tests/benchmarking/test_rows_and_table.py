@@ -34,12 +34,14 @@ def test_a_row(read):
     assert (found.suite, found.label, found.ours, found.base) == ("probe", "probe[1]", "ours", "stock")
     assert found.ratio("ours") == 2 and found.ratio("ours", "plain") == 0.5
     assert found.extra == {"samples_per_s": {"ours": 3.0}} and found.settings["threads"] == "2"
-    assert found.hardest == "stock" and not found.loses  # a variant of our own that is no baseline does not count
+    assert (
+        found.hardest == "stock" and found.standing == "wins"
+    )  # a variant of our own that is no baseline does not count
 
 
 def test_the_fastest_baseline_decides_who_loses(read):
     (found,) = read(row(baselines=["stock", "plain"]))
-    assert found.hardest == "plain" and found.loses
+    assert found.hardest == "plain" and found.standing == "loses"
     assert "| 2.00x | 1.67 to 2.00x | 0.50x plain |" in report_text([found])
 
 

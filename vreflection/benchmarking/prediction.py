@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..training.memory_plan import Plan, all_parameters, trained_parameters
+from ..training.memory_plan import Plan, activation_bytes, all_parameters, logit_bytes, trained_parameters
 from ..training.model_shape import ModelShape
 from ..training.step_time import GPUS, language_flops, micro_batch_flops, vision_flops
 
@@ -80,6 +80,19 @@ def projected_work(boxes: int, keys: int, width: int, itemsize: int = HALF, back
     return Work(3 * weights + 2 * rows + 12 * rows, 3 * flops) if backward else Work(moved, flops)
 
 
+def resampler_extra_bytes(boxes: int, width: int, itemsize: int = HALF) -> int:
+    """Peak memory of ours, forward and backward, beyond inputs, weights and gradients: 4·B·R·D elements.
+
+    Folded queries, context, and the gradients of both.
+    """
+    return 4 * boxes * QUERIES * HEADS * width * itemsize
+
+
+def projected_extra_bytes(keys: int, width: int, itemsize: int = HALF) -> int:
+    """The same of stock attention: its keys and values, 2·K·D elements."""
+    return 2 * keys * width * itemsize
+
+
 def roi_align_work(
     boxes: int, cells: int, covered: int, tokens: int, width: int, itemsize: int, backward: bool
 ) -> Work:
@@ -134,6 +147,13 @@ def generation_work(shape: ModelShape, batch: int, prompt: int, new_tokens: int,
     for step in range(1, new_tokens):
         total += decode_work(shape, batch, prompt + step, True, itemsize)
     return total
+
+
+def training_extra_bytes(shape: ModelShape, plan: Plan) -> float:
+    """Peak memory of a step beyond weights and optimizer states: gradients, activations, logits, visual tokens."""
+    tokens = 2 * plan.visual_tokens * shape.width
+    gradients = plan.compute_bytes * (trained_parameters(shape, plan) + tokens)
+    return gradients + activation_bytes(shape, plan) + logit_bytes(shape, plan)
 
 
 def training_work(shape: ModelShape, plan: Plan) -> Work:

@@ -83,10 +83,22 @@ class Row:
         others = [name for name in self.baselines if name != self.ours]
         return min(others, key=self.median) if others else None
 
+    def spread(self, variant: str, base: str) -> tuple[float, float]:
+        """20th and 80th percentile, over the rounds, of how many times faster `variant` is than `base`."""
+        rounds = sorted(b / a for a, b in zip(self.seconds[variant], self.seconds[base]))
+        low, high = (rounds[min(int(share * len(rounds)), len(rounds) - 1)] for share in (0.2, 0.8))
+        return low, high
+
     @property
-    def loses(self) -> bool:
-        """Whether any baseline is faster than ours."""
-        return self.ours is not None and self.hardest is not None and self.ratio(self.ours, self.hardest) < 1
+    def standing(self) -> str:
+        """Against the fastest baseline: `loses`, `wins`, or `level` where the rounds' 20th to 80th percentile hold 1.
+
+        Empty for rows without a baseline.
+        """
+        if self.ours is None or self.hardest is None:
+            return ""
+        low, high = self.spread(self.ours, self.hardest)
+        return "loses" if high < 1 else ("level" if low <= 1 else "wins")
 
 
 def read_rows(paths: Iterable[Path]) -> list[Row]:

@@ -11,14 +11,15 @@ _HEAD = ("case", "dtype", "ours", "base", "ratio", "p20 to p80", "fastest baseli
 
 
 def report_text(rows: Sequence[Row]) -> str:
-    """Table of all rows: losing ones, then the others in the order they ran; memory and other figures below."""
-    timed = [row for row in rows if row.hardest is not None]
-    losing = sorted((row for row in timed if row.loses), key=_ratio)
-    winning = [row for row in timed if not row.loses]
+    """Table of all rows: losing ones, level ones, the others in the order they ran; memory and other figures below."""
+    groups = {standing: [row for row in rows if row.standing == standing] for standing in ("loses", "level", "wins")}
+    groups["loses"].sort(key=_ratio)
     lines = [*_machine(rows), ""]
-    lines += [f"## Losing rows: {len(losing)} of {len(timed)}", ""]
-    lines += _table(losing) if losing else ["none"]
-    lines += ["", "## Other rows", "", *(_table(winning) if winning else ["none"])]
+    lines += [f"## Losing rows: {len(groups['loses'])} of {sum(map(len, groups.values()))}", ""]
+    lines += _table(groups["loses"]) if groups["loses"] else ["none"]
+    if groups["level"]:
+        lines += ["", f"## Level: {len(groups['level'])}", "", *_table(groups["level"])]
+    lines += ["", "## Other rows", "", *(_table(groups["wins"]) if groups["wins"] else ["none"])]
     for title, found in (("Memory", _memory(rows)), ("Parts and other figures", _figures(rows))):
         if found:
             lines += ["", f"## {title}", "", *found]
@@ -27,11 +28,12 @@ def report_text(rows: Sequence[Row]) -> str:
 
 def short_text(rows: Sequence[Row], width: int = 150) -> str:
     """One line per timed row, losing ones first, cut to `width` characters: for the end of a log."""
-    timed = sorted((row for row in rows if row.hardest is not None), key=lambda row: not row.loses)
+    order = ("loses", "level", "wins")
+    timed = sorted((row for row in rows if row.standing), key=lambda row: order.index(row.standing))
     lines = []
     for row in timed:
         assert row.ours and row.hardest
-        lost = "LOSES " if row.loses else ""
+        lost = {"loses": "LOSES ", "level": "level "}.get(row.standing, "")
         light = f", SoL {_share(row)}" if row.light_s else ""
         told = f"{lost}{row.label}: {shown(row.median(row.ours))}, {_ratio(row):.2f}x {row.hardest}{light}"
         lines.append(told if len(told) <= width else told[: width - 1] + "…")
@@ -48,7 +50,7 @@ def _machine(rows: Sequence[Row]) -> list[str]:
     values = {name: sorted({row.settings[name] for row in rows if name in row.settings}) for name in names}
     values["commit"] = sorted({row.commit for row in rows if row.commit})
     told = "; ".join(f"{name} {', '.join(found)}" for name, found in values.items() if found)
-    note = "`ratio` is to the base, above 1 ours is faster; a row loses where any baseline is faster than ours."
+    note = "`ratio` is to the base, above 1 ours is faster. A row loses where a baseline is faster, beyond its rounds."
     return [f"{len(rows)} rows: {told}.", note]
 
 
@@ -57,8 +59,7 @@ def _table(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         assert row.ours and row.hardest and row.base
         rival = "" if row.hardest == row.base else f"{_ratio(row):.2f}x {row.hardest}"
-        rounds = sorted(b / a for a, b in zip(row.seconds[row.ours], row.seconds[row.base]))
-        low, high = (rounds[min(int(share * len(rounds)), len(rounds) - 1)] for share in (0.2, 0.8))
+        low, high = row.spread(row.ours, row.base)
         others = [f"{name} {shown(row.median(name))}" for name in row.seconds if name not in (row.ours, row.base)]
         cells = [
             row.label.replace("|", "\\|"), row.settings.get("dtype", ""), f"{row.ours} {shown(row.median(row.ours))}",
