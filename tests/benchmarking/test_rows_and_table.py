@@ -34,15 +34,25 @@ def test_a_row(read):
     assert (found.suite, found.label, found.ours, found.base) == ("probe", "probe[1]", "ours", "stock")
     assert found.ratio("ours") == 2 and found.ratio("ours", "plain") == 0.5
     assert found.extra == {"samples_per_s": {"ours": 3.0}} and found.settings["threads"] == "2"
-    assert (
-        found.hardest == "stock" and found.standing == "wins"
-    )  # a variant of our own that is no baseline does not count
+    # "plain" is faster, but a variant of our own and no baseline.
+    assert found.hardest == "stock" and found.standing == "wins"
 
 
 def test_the_fastest_baseline_decides_who_loses(read):
     (found,) = read(row(baselines=["stock", "plain"]))
     assert found.hardest == "plain" and found.standing == "loses"
     assert "| 2.00x | 1.67 to 2.00x | 0.50x plain |" in report_text([found])
+
+
+def test_what_the_rounds_do_not_tell_apart_is_level(read):
+    noisy = {"ours": [1.0, 1.0, 1.0, 1.0, 1.0], "stock": [0.9, 0.98, 0.99, 1.01, 1.2]}
+    lost = {"ours": [3.0], "stock": [2.0]}
+    rows = read(row("test_wins"), row("test_noisy", raw_s=noisy), row("test_lost", raw_s=lost))
+    assert [one.standing for one in rows] == ["wins", "level", "loses"]
+    text = report_text(rows)
+    places = [text.index(name) for name in ("Losing rows: 1 of 3", "| lost |", "Level: 1", "| noisy |", "| wins |")]
+    assert places == sorted(places)
+    assert [line.split()[0] for line in short_text(rows).splitlines()] == ["LOSES", "level", "wins:"]
 
 
 def test_losing_rows_come_first_the_worst_at_the_top(read):
