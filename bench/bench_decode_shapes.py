@@ -188,6 +188,6 @@ def test_decode_step(interleaved, benchmark, bench, size, batch, context, kind):
         calls[base], before[base] = host, host.rewind
     work = decode_work(SIZES[size], batch, length, text, DTYPE.itemsize).times(steps)
     sweep = {"figure": "decode", "axis": "batch", "value": batch, "steps": steps}
-    sweep = sweep if kind == "text" and context == FIRST and size == SIZE_NAMES[0] else None
+    sweep = sweep if CUDA and kind == "text" and context == FIRST and size == SIZE_NAMES[0] else None
     medians = interleaved(calls, base, 5, work, DTYPE, before, sweep=sweep, kept=not CUDA)
     tell(benchmark, medians, batch, length, steps)

@@ -62,7 +62,7 @@ def test_probe(interleaved, lab, dtype, count, images, direction):
 
 def memory_row(extra: dict, count: int, itemsize: int) -> dict:
     predicted = {
-        "auto": resampler_extra_bytes(1, WIDTH, itemsize),
+        "auto": resampler_extra_bytes(1, count, WIDTH, itemsize),
         "stock": projected_extra_bytes(count, WIDTH, itemsize),
     }
     sweep = {"figure": "memory", "axis": "tokens", "value": count}

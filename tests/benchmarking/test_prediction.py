@@ -1,4 +1,5 @@
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,12 @@ from vreflection.benchmarking.prediction import (
     distillation_work,
     generation_work,
     prefill_work,
+    projected_extra_bytes,
     projected_work,
+    resampler_extra_bytes,
     resampler_work,
     roi_align_work,
+    training_extra_bytes,
     training_work,
 )
 from vreflection.training.memory_plan import Plan
@@ -61,6 +65,15 @@ def test_per_token_flops_fall_by_what_the_algebra_says():
     stock = per_token(lambda n: projected_work(1, n, width))
     assert ours == 4 * 64 * width and stock == 4 * width * width + 4 * 8 * width
     assert (stock - 4 * 8 * width) / ours == 56
+
+
+def test_extra_memory():
+    assert resampler_extra_bytes(2, 100, 16, 4) == 4 * (4 * 2 * 64 * 16 + 2 * 64 * 100)
+    assert projected_extra_bytes(100, 16, 4) == 4 * 2 * 100 * 16
+    plan = Plan("stage1", "ddp", world=1, precision="float32", checkpointing=False, tokens=100, accumulation=1)
+    assert training_extra_bytes(TINY, plan) > training_extra_bytes(TINY, replace(plan, checkpointing=True))
+    more = training_extra_bytes(TINY, replace(plan, supervised_share=0.2)) - training_extra_bytes(TINY, plan)
+    assert more == 10 * 50 * 16  # ten further rows of logits
 
 
 def test_small_operators():
@@ -109,11 +122,11 @@ def test_prefill_and_generation():
 
 def test_a_training_step():
     plan = Plan("stage1", "ddp", world=1, precision="float32", tokens=100, sample_tokens=50, accumulation=1)
-    once, twice = (training_work(TINY, plan), training_work(TINY, Plan(**{**vars(plan), "accumulation": 2})))
+    once, twice = (training_work(TINY, plan), training_work(TINY, replace(plan, accumulation=2)))
     assert twice.flops == 2 * once.flops and once.bytes < twice.bytes < 2 * once.bytes  # one optimizer step
-    cached = training_work(TINY, Plan(**{**vars(plan), "feature_cache": True}))
+    cached = training_work(TINY, replace(plan, feature_cache=True))
     assert once.bytes - cached.bytes == 4 * TINY.vision and cached.flops < once.flops
-    adapters = training_work(TINY, Plan(**{**vars(plan), "lora_rank": 2}))
+    adapters = training_work(TINY, replace(plan, lora_rank=2))
     assert adapters.bytes < once.bytes and adapters.flops < once.flops
 
 

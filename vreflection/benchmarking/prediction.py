@@ -80,12 +80,13 @@ def projected_work(boxes: int, keys: int, width: int, itemsize: int = HALF, back
     return Work(3 * weights + 2 * rows + 12 * rows, 3 * flops) if backward else Work(moved, flops)
 
 
-def resampler_extra_bytes(boxes: int, width: int, itemsize: int = HALF) -> int:
-    """Peak memory of ours, forward and backward, beyond inputs, weights and gradients: 4·B·R·D elements.
+def resampler_extra_bytes(boxes: int, keys: int, width: int, itemsize: int = HALF) -> int:
+    """Peak memory of ours, forward and backward, beyond inputs, weights and gradients: 4·B·R·D + 2·R·K elements.
 
-    Folded queries, context, and the gradients of both.
+    Folded queries, context, attention, and the gradients of all three.
     """
-    return 4 * boxes * QUERIES * HEADS * width * itemsize
+    rows = QUERIES * HEADS
+    return (4 * boxes * rows * width + 2 * rows * keys) * itemsize
 
 
 def projected_extra_bytes(keys: int, width: int, itemsize: int = HALF) -> int:

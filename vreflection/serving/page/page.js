@@ -127,13 +127,17 @@ function listenToImage() {
     return [clamp((event.clientX - area.left) / area.width), clamp((event.clientY - area.top) / area.height)];
   };
   canvas.addEventListener("pointerdown", (event) => { from = place(event); canvas.setPointerCapture(event.pointerId); });
+  let drawn = null;  // what the next frame will show: a mouse moves more often than a large picture can be drawn
+  const show = () => { if (drawn) setBox(drawn); drawn = null; };
   canvas.addEventListener("pointermove", (event) => {
     if (!from) return;
     const to = place(event);
     const box = [Math.min(from[0], to[0]), Math.min(from[1], to[1]), Math.max(from[0], to[0]), Math.max(from[1], to[1])];
-    if (box[2] - box[0] > 0.01 && box[3] - box[1] > 0.01) setBox(box);
+    if (box[2] - box[0] <= 0.01 || box[3] - box[1] <= 0.01) return;
+    if (!drawn) requestAnimationFrame(show);
+    drawn = box;
   });
-  for (const kind of ["pointerup", "pointercancel"]) canvas.addEventListener(kind, () => { from = null; });
+  for (const kind of ["pointerup", "pointercancel"]) canvas.addEventListener(kind, () => { show(); from = null; });
 }
 
 // One answer
