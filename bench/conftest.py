@@ -2,7 +2,7 @@
 
 Every row gets, besides the benchmark's own numbers, p20/p50/p80 of each variant, ratios to the base, and, where the
 case states its work (vreflection.benchmarking.prediction), the speed of light (the larger of bytes over bandwidth and
-flops over matrix peak, both measured in the same rounds) and each variant's share of it.
+flops over matrix peak, both measured around the same rounds) and each variant's share of it.
 
 BENCH_SECONDS: no case of a suite (a file) starts once the suite has run this long; 60 by default, BENCH_FULL=1 takes
 the bound away. BENCH_ROWS: a file to which each row is appended as soon as it is measured, for runs that may be
@@ -64,7 +64,9 @@ def percentile(values, share):
 
 
 class Ceilings:
-    """What this device reaches in bytes and flops per second, timed in turn with the variants of a row.
+    """What this device reaches in bytes and flops per second, timed before and after a row's rounds.
+
+    Not within them: it would leave the next variant, always the same one, a cold cache.
 
     Bandwidth is the better of copying (bytes read plus written) and, on a CPU, summing; `kept` takes as much as stays
     in a processor's cache. The matrix product is in `dtype`.
@@ -84,22 +86,13 @@ class Ceilings:
             self.calls["sum"], self.amounts["sum"] = source.sum, 4 * size
         self.best: dict[str, float] = {}
 
-    def begin(self, rounds: int) -> None:
-        """A GPU that is ours alone does not drift: it is measured once."""
-        self.rounds = (0 if self.best else 7) if CUDA else rounds
-        if self.rounds:
-            self.best = dict.fromkeys(self.calls, float("inf"))
-
-    def measure(self) -> None:
-        if self.rounds > 0:
-            self.rounds -= 1
-            for name, call in self.calls.items():
-                call()  # what ran before may have emptied the cache
-                self.best[name] = min(self.best[name], seconds_of(call))
+    def measure(self, times: int = 4) -> None:
+        for name, call in self.calls.items():
+            call()  # what ran before may have emptied the cache
+            taken = min(seconds_of(call) for _ in range(times))
+            self.best[name] = min(self.best.get(name, taken), taken)
 
     def device(self) -> Device:
-        while CUDA and self.rounds > 0:
-            self.measure()
         rate = {name: self.amounts[name] / seconds for name, seconds in self.best.items()}
         return Device(max(rate["copy"], rate.get("sum", 0.0)), rate["matrix"])
 
@@ -149,21 +142,25 @@ def interleaved(benchmark, ceilings):
     ) -> dict[str, float]:  # fmt: skip
         seconds: dict[str, list[float]] = {name: [] for name in functions}
         ceiling = ceilings(dtype, kept) if work is not None else None
-        if ceiling is not None:
-            ceiling.begin(rounds)
+        if ceiling is not None and not CUDA:
+            ceiling.best = {}  # this machine's speed drifts; a GPU that is ours alone is measured once
+        if ceiling is not None and not ceiling.best:
+            ceiling.measure()
+        names = list(functions)
         for turn in range(rounds + 1):
-            if ceiling is not None:
-                ceiling.measure()
-            for name, function in functions.items():
+            # Each round begins with another: what comes first finds the cache of what came last.
+            for name in names[turn % len(names) :] + names[: turn % len(names)]:
                 if before is not None:
                     before[name]()
-                taken = seconds_of(function)
+                taken = seconds_of(functions[name])
                 if turn:  # the first turn warms up
                     seconds[name].append(taken)
         row = timed_row(seconds, base, baselines, sweep) | {"dtype": str(dtype).removeprefix("torch.")}
         medians, ratios = row["median_s"], row["speedup"]
         shown = [f"{name} {1e3 * s:.3g} ms ({ratios[name]:.2f}x)" for name, s in medians.items()]
         if work is not None and ceiling is not None:
+            if not CUDA:
+                ceiling.measure()
             reached = ceiling.device()
             light = work.seconds(reached)
             row |= {"bytes": work.bytes, "flops": work.flops, "speed_of_light_s": light, "ceilings": asdict(reached)}
@@ -176,6 +173,14 @@ def interleaved(benchmark, ceilings):
         return medians
 
     return run
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    """A case that sets the number of threads sets it for itself."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.skipif(
@@ -166,10 +167,14 @@ def test_few_files_come_back(suite):
 
 
 def test_rows_are_kept_as_they_are_measured(tmp_path):
-    """The suites' own side of it: a row of each finished case is in the file although the run is killed."""
+    """The suites' own side of it: a row of each finished case is in the file although the run is killed.
+
+    And the threads of one case are not those of the next.
+    """
     (tmp_path / "conftest.py").write_text((ROOT / "bench" / "conftest.py").read_text())
     (tmp_path / "test_two.py").write_text(
-        "import os, time\n"
+        "import os, time, torch\n"
+        "def test_zero(): torch.set_num_threads(1 + torch.get_num_threads())\n"
         "def test_one(interleaved): interleaved({'ours': lambda: time.sleep(1e-4), 'b': lambda: None}, 'b', 2)\n"
         "def test_two(benchmark): os._exit(9)\n"
     )
@@ -179,4 +184,5 @@ def test_rows_are_kept_as_they_are_measured(tmp_path):
         env={**os.environ, "BENCH_ROWS": str(tmp_path / "rows.jsonl")}, capture_output=True, text=True,
     )  # fmt: skip
     (row,) = map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())
+    assert row["extra_info"]["threads"] == str(torch.get_num_threads())
     assert done.returncode == 9 and row["name"] == "test_one" and len(row["extra_info"]["raw_s"]["ours"]) == 2
