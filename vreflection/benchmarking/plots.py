@@ -15,7 +15,7 @@ from .rows import Row
 
 _INK = "#7d8590"
 _COLOURS = ("#2f81f7", "#db6d28", "#3fb950", "#a371f7", "#db61a2", "#bf8700")
-_MARKS = ("o", "s", "^", "D", "v", "P")
+_MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _AXES = {"tokens": "tokens", "boxes": "boxes", "width": "width", "batch": "rows decoded together"}
 _PER_SECOND = ("requests/s", "samples/s")
 
@@ -97,13 +97,22 @@ def _curves(pyplot: Any, rows: Sequence[Row], figure_name: str, unit: str) -> An
         if light and unit not in ("MiB", *_PER_SECOND):
             axis.plot(*zip(*light), ":", color=_INK, label="speed of light")
         sizes = sorted({row.sweep["value"] for row in points})
-        axis.set(xscale="log", yscale="log", xlabel=_AXES.get(swept, swept), ylabel=unit)
+        axis.set(xscale="log", yscale="linear" if unit in _PER_SECOND else "log", xlabel=_AXES.get(swept, swept))
+        axis.set_ylabel(unit)
+        if unit in _PER_SECOND:
+            axis.set_ylim(bottom=0)
         axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
         axis.xaxis.set_minor_locator(ticker.NullLocator())
         axis.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
         axis.grid(True)
-    figure.legend(*axes[0][0].get_legend_handles_labels(), frameon=False, loc="outside upper center", ncols=4)
+    _legend(figure, axes)
     return figure
+
+
+def _legend(figure: Any, axes: Any) -> None:
+    """Above all panels, as wide as they are."""
+    columns = 4 if axes.size > 1 else 2
+    figure.legend(*axes[0][0].get_legend_handles_labels(), frameon=False, loc="outside upper center", ncols=columns)
 
 
 def _panels(pyplot: Any, count: int, width: float) -> tuple[Any, Any]:
@@ -125,9 +134,10 @@ def _bars(pyplot: Any, rows: Sequence[Row], figure_name: str, unit: str) -> Any:
             bars = axis.bar(places, heights, width * 0.92, label=variant, color=_COLOURS[index % len(_COLOURS)])
             axis.bar_label(bars, fmt="%.3g", fontsize=8, color=_INK, padding=2)
         axis.set_xticks(range(len(points)), [str(row.sweep["value"]) for row in points])
+        axis.margins(y=0.12)
         axis.set(title=swept, ylabel=unit)
         axis.grid(True, axis="y")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), frameon=False, loc="outside upper center", ncols=4)
+    _legend(figure, axes)
     return figure
 
 
@@ -177,5 +187,5 @@ def _roofline(pyplot: Any, rows: Sequence[Row]) -> Any:
             )
         axis.set(xscale="log", yscale="log", xlabel="flops per byte", ylabel="Gflop/s", title=dtype)
         axis.grid(True)
-    figure.legend(*axes[0][0].get_legend_handles_labels(), frameon=False, loc="outside upper center", ncols=4)
+    _legend(figure, axes)
     return figure

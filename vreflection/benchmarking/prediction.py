@@ -90,8 +90,11 @@ def resampler_extra_bytes(boxes: int, keys: int, width: int, itemsize: int = HAL
 
 
 def projected_extra_bytes(keys: int, width: int, itemsize: int = HALF) -> int:
-    """The same of stock attention: its keys and values, 2·K·D elements."""
-    return 2 * keys * width * itemsize
+    """The same of stock attention: its keys and values, 2·K·D elements, gone by the time weights get their gradients.
+
+    Then the gradient of the packed input projection, 3·D² elements, is put together from three parts.
+    """
+    return max(2 * keys * width, 3 * width * width) * itemsize
 
 
 def roi_align_work(
