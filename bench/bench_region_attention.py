@@ -1,4 +1,7 @@
-"""The teacher at the 7B width, by window and by RoI-Align: `pytest bench/bench_region_attention.py -s`."""
+"""The teacher at the 7B width, by window and by RoI-Align: `pytest bench/bench_region_attention.py -s`.
+
+BENCH_COMPILE=1 compiles the stock form on a CPU too.
+"""
 
 import functools
 
@@ -73,6 +76,9 @@ def test_region(interleaved, lab, dtype, case, region, direction):
         "torch": (plain, lambda: plain(tokens, *geometry)),
         "stock": (stock, reference),
     }
+    if lab.compiled_too() and case.startswith("four") and region == "window":
+        torch._dynamo.reset()
+        calls["stock, compiled"] = (stock, torch.compile(reference))
     with torch.no_grad():
         expected = reference()
         for _, call in calls.values():
@@ -82,4 +88,6 @@ def test_region(interleaved, lab, dtype, case, region, direction):
         len(boxes), plan.num_keys, distinct, WIDTH, tokens.element_size(), direction != "forward", shared=True
     )
     steps = {name: lab.timed_step(module, call, direction) for name, (module, call) in calls.items()}
-    interleaved(steps, "stock", 30 if lab.CUDA else 5, work, dtype, baselines=["stock", "torch"])
+    interleaved(
+        steps, "stock", 30 if lab.CUDA else 5, work, dtype, baselines=[name for name in steps if name != "auto"]
+    )
