@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from ..decoding import SamplingSettings
@@ -153,7 +152,7 @@ def one_row(name: str, value: torch.Tensor) -> torch.Tensor:
 def digest(part: torch.Tensor, grid: torch.Tensor) -> str:
     """A name for an image's content. Hashed in pieces side by side: a large image is a hundred megabytes of pixels."""
     values = part.detach().contiguous().cpu()
-    raw = values.view(-1).view(torch.uint8).numpy()
+    raw = memoryview(values.view(-1).view(torch.uint8).numpy())
     pieces = [raw[start : start + PIECE] for start in range(0, len(raw), PIECE)]
     # Threads, as hashing large buffers holds no interpreter lock.
     found = hashers().map(sha256, pieces) if len(pieces) > 1 else map(sha256, pieces)
@@ -162,7 +161,7 @@ def digest(part: torch.Tensor, grid: torch.Tensor) -> str:
     return whole.hexdigest()
 
 
-def sha256(piece: np.ndarray) -> bytes:
+def sha256(piece: memoryview) -> bytes:
     return hashlib.sha256(piece).digest()
 
 
