@@ -117,7 +117,8 @@ suite decode decode_shapes@7b 70 -k 7b
 suite training training_shapes@7b 60 -k 7b
 suite training training_shapes@3b 45 -k 3b
 suite decode decode_shapes@3b 40 -k 3b
-suite rest losses 25
+suite rest losses 30
+suite rest memory 15
 suite rest roi_align 20
 suite rest growth 25
 suite rest distillation_loss 15

@@ -69,7 +69,7 @@ def test_per_token_flops_fall_by_what_the_algebra_says():
 
 def test_extra_memory():
     assert resampler_extra_bytes(2, 100, 16, 4) == 4 * (4 * 2 * 64 * 16 + 2 * 64 * 100)
-    assert projected_extra_bytes(100, 16, 4) == 4 * 2 * 100 * 16
+    assert projected_extra_bytes(100, 16, 4) == 4 * (6 * 100 * 16 - 3 * 16 * 16)
     assert projected_extra_bytes(10, 16, 4) == 4 * 3 * 16 * 16
     plan = Plan("stage1", "ddp", world=1, precision="float32", checkpointing=False, tokens=100, accumulation=1)
     assert training_extra_bytes(TINY, plan) > training_extra_bytes(TINY, replace(plan, checkpointing=True))

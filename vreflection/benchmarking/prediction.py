@@ -90,11 +90,12 @@ def resampler_extra_bytes(boxes: int, keys: int, width: int, itemsize: int = HAL
 
 
 def projected_extra_bytes(keys: int, width: int, itemsize: int = HALF) -> int:
-    """The same of stock attention: its keys and values, 2·K·D elements, gone by the time weights get their gradients.
+    """The same of stock attention: the larger of two moments of its backward pass, in elements.
 
-    Then the gradient of the packed input projection, 3·D² elements, is put together from three parts.
+    6·K·D less 3·D²: gradients of keys and values, each put into zeros for both, while three of the four weight
+    gradients are still to come. 3·D²: the packed input projection's gradient is put together from parts.
     """
-    return max(2 * keys * width, 3 * width * width) * itemsize
+    return max(6 * keys * width - 3 * width * width, 3 * width * width) * itemsize
 
 
 def roi_align_work(
