@@ -43,7 +43,7 @@ def run(monkeypatch, capsys):
 def test_report_writes_what_it_shows(run, file, tmp_path):
     path = file("a.json", timed("test_a", [2.0], [1.0]))
     done = run("report", path, "--out", str(tmp_path / "sub" / "table.md"))
-    assert done.code == 0 and "Losing rows: 1 of 1" in done.out
+    assert done.code == 0 and "Losing rows: 1 of 1" in done.out and "--plots FOLDER" in done.err
     assert (tmp_path / "sub" / "table.md").read_text() == done.out
     assert run("report", path, "--short").out == "LOSES a: 2 s, 0.50x stock\n"
 

@@ -28,6 +28,8 @@ def report(
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(text, encoding="utf-8")
     typer.echo(short_text(rows) if short else text, nl=False)
+    if plots is None and not short:
+        typer.echo("figures: --plots FOLDER draws them", err=True)
     if plots is not None:
         from ..benchmarking.plots import draw
 
