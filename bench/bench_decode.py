@@ -6,13 +6,11 @@ identical tokens are the gate before any timing.
 
 import pytest
 import torch
-from transformers import Qwen2_5_VLForConditionalGeneration
 
 import vreflection as vr
 from vreflection.benchmarking.prediction import decode_work, generation_work
 from vreflection.decoding import DecodeProgram, ProgramKey, advance, plan_transition
 from vreflection.engine.timing import TimedSteps
-from vreflection.quickstart.base import base_dir
 from vreflection.training.model_shape import shape_from_config
 
 NEW_TOKENS, PROMPT = 48, 60
@@ -20,16 +18,6 @@ FLOAT = 4  # bytes
 SETTINGS = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": 400, "pad_token_id": 352}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STEPS = ("auto", "torch", "model")
-
-
-@pytest.fixture(scope="module")
-def ours():
-    return vr.VReflectionForConditionalGeneration.from_pretrained(base_dir(), dtype=torch.float32).eval().to(DEVICE)
-
-
-@pytest.fixture(scope="module")
-def host():
-    return Qwen2_5_VLForConditionalGeneration.from_pretrained(base_dir(), dtype=torch.float32).eval().to(DEVICE)
 
 
 def prompts(count: int) -> torch.Tensor:

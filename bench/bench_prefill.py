@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import Qwen2_5_VLForConditionalGeneration
 
 import vreflection as vr
 from vreflection.benchmarking.prediction import Work, prefill_work
@@ -19,16 +18,6 @@ from vreflection.training.model_shape import shape_from_config
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIDES = {"64 visual tokens": 224, "400 visual tokens": 560}
-
-
-@pytest.fixture(scope="module")
-def ours():
-    return vr.VReflectionForConditionalGeneration.from_pretrained(base_dir(), dtype=torch.float32).eval().to(DEVICE)
-
-
-@pytest.fixture(scope="module")
-def host():
-    return Qwen2_5_VLForConditionalGeneration.from_pretrained(base_dir(), dtype=torch.float32).eval().to(DEVICE)
 
 
 def prompts(count: int, side: int) -> list[dict]:

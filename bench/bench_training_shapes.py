@@ -21,26 +21,22 @@ NAMES = [name for name in shapes.RUNS if not name.startswith("tiny")]
 
 def measured(lab, run: shapes.Run) -> dict:
     """One step after one that warms up, and what was predicted of it."""
-    device, dtype = lab.DEVICE, torch.bfloat16 if CUDA else torch.float32
-    model = shapes.build(run, device, dtype)
-    batch, samples = shapes.packed_batch(model.config, run.tokens, device)
-    step = shapes.step_of(model, batch, fused=CUDA)
+    model = shapes.build(run, "cuda", torch.bfloat16)
+    batch, samples = shapes.packed_batch(model.config, run.tokens, "cuda")
+    step = shapes.step_of(model, batch, fused=True)
     losses = [step()]
     assert torch.isfinite(torch.tensor(losses[0]))
-    if CUDA:
-        torch.cuda.reset_peak_memory_stats()
+    torch.cuda.reset_peak_memory_stats()
     seconds = lab.seconds_of(lambda: losses.append(step()))
     assert losses[1] == pytest.approx(losses[0], rel=0.02)  # the same batch and, nearly, the same weights
     plan = case.described(run.plan, samples, model.config)
     row = shapes.predicted(run, plan)
-    told = {
+    return {
         "tokens": plan.tokens, "step_s": seconds, "tokens_per_s": plan.tokens / seconds,
         "predicted_step_s": {gpu: time.seconds for gpu, time in row.times.items()},
-        "predicted_peak_bytes": row.total, "predicted_parts": row.parts, "dtype": str(dtype).removeprefix("torch."),
+        "predicted_peak_bytes": row.total, "predicted_parts": row.parts, "dtype": "bfloat16",
+        "peak_bytes": torch.cuda.max_memory_allocated(), "reserved_bytes": torch.cuda.max_memory_reserved(),
     }  # fmt: skip
-    if CUDA:
-        told |= {"peak_bytes": torch.cuda.max_memory_allocated(), "reserved_bytes": torch.cuda.max_memory_reserved()}
-    return told
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -52,12 +48,11 @@ def test_step(benchmark, lab, name):
         pytest.importorskip("peft")
     told = measured(lab, run)
     gc.collect()  # the next model needs the room
-    if CUDA:
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()
     benchmark.extra_info.update({**told, **lab.versions()})
     benchmark.pedantic(lambda: None, rounds=1)
-    peak = f"peak {told['peak_bytes'] / 2**30:.1f} GiB" if CUDA else "peak not measured"
     print(
-        f"\n{benchmark.name}: {told['tokens']:,} tokens in {told['step_s']:.3g} s, {peak}; predicted "
-        f"{told['predicted_peak_bytes'] / 2**30:.1f} GiB, on an H200 {told['predicted_step_s']['H200']:.3g} s"
+        f"\n{benchmark.name}: {told['tokens']:,} tokens in {told['step_s']:.3g} s, "
+        f"peak {told['peak_bytes'] / 2**30:.1f} GiB; predicted {told['predicted_peak_bytes'] / 2**30:.1f} GiB, "
+        f"on an H200 {told['predicted_step_s']['H200']:.3g} s"
     )

@@ -22,6 +22,7 @@ import pytest
 import torch
 
 from vreflection.benchmarking.prediction import Device, Work
+from vreflection.quickstart.base import base_dir
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -272,6 +273,22 @@ def lab():
     modules = (StockResampler, ProjectedAttention)
     functions = (*modules, agree, compiled_too, timed_step, timed_row, versions, seconds_of)
     return SimpleNamespace(CUDA=CUDA, DEVICE=DEVICE, **{function.__name__: function for function in functions})
+
+
+@pytest.fixture(scope="module")
+def ours():
+    """The quickstart's base model with latent steps."""
+    from vreflection.model.modeling import VReflectionForConditionalGeneration
+
+    return VReflectionForConditionalGeneration.from_pretrained(base_dir(), dtype=torch.float32).eval().to(DEVICE)
+
+
+@pytest.fixture(scope="module")
+def host():
+    """The same weights in the host library's class."""
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    return Qwen2_5_VLForConditionalGeneration.from_pretrained(base_dir(), dtype=torch.float32).eval().to(DEVICE)
 
 
 def pytest_generate_tests(metafunc):

@@ -1,6 +1,7 @@
 """A tiny random Qwen2.5-VL with latent steps, its byte tokenizer, and hand-made batches; shared through `tiny`."""
 
 import math
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +21,24 @@ QWEN_TOKENS = (
 # Ids of the byte tokenizer below: 256 bytes, Qwen's markers, then the latent tokens.
 PAD, TURN_START, EOS, VISION_START, VISION_END, IMAGE, VIDEO, LVR_START, LVR, LATENT_END, LVR_END = range(256, 267)
 VOCABULARY, WIDTH, SLOTS, PATCH_WIDTH = 320, 64, 3, 3 * 2 * 14 * 14
+
+
+@pytest.fixture
+def command_line(monkeypatch, capsys):
+    """`command_line("info", "--json")` in this process: a new one takes seconds to import its libraries."""
+    from vreflection.cli import main
+
+    def call(*words) -> SimpleNamespace:
+        monkeypatch.setattr(sys, "argv", ["vreflection", *map(str, words)])
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        captured = capsys.readouterr()
+        return SimpleNamespace(returncode=code, stdout=captured.out, stderr=captured.err)
+
+    return call
 
 
 def host_config(tie=False):

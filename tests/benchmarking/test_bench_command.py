@@ -1,11 +1,9 @@
+import functools
 import json
 import sys
-from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
-
-from vreflection.cli import main
 
 SWEEP = [{"figure": "growth", "axis": "tokens", "value": n} for n in (64, 256, 1024)]
 
@@ -26,26 +24,16 @@ def file(tmp_path):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    def call(*arguments: str) -> SimpleNamespace:
-        monkeypatch.setattr(sys, "argv", ["vreflection", "bench", *arguments])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        captured = capsys.readouterr()
-        return SimpleNamespace(code=code, out=captured.out, err=captured.err)
-
-    return call
+def run(command_line):
+    return functools.partial(command_line, "bench")
 
 
 def test_report_writes_what_it_shows(run, file, tmp_path):
     path = file("a.json", timed("test_a", [2.0], [1.0]))
     done = run("report", path, "--out", str(tmp_path / "sub" / "table.md"))
-    assert done.code == 0 and "Losing rows: 1 of 1" in done.out and "--plots FOLDER" in done.err
-    assert (tmp_path / "sub" / "table.md").read_text() == done.out
-    assert run("report", path, "--short").out == "LOSES a: 2 s, 0.50x stock\n"
+    assert done.returncode == 0 and "Losing rows: 1 of 1" in done.stdout and "--plots FOLDER" in done.stderr
+    assert (tmp_path / "sub" / "table.md").read_text() == done.stdout
+    assert run("report", path, "--short").stdout == "LOSES a: 2 s, 0.50x stock\n"
 
 
 def test_plots(run, file, tmp_path):
@@ -65,11 +53,11 @@ def test_plots(run, file, tmp_path):
         for s in SWEEP
     ]  # fmt: skip
     done = run("report", file("a.json", *rows), "--plots", str(tmp_path / "figures"))
-    assert done.code == 0
+    assert done.returncode == 0
     texts = {}
     for name in ("growth", "memory", "decode", "roofline"):
         path = tmp_path / "figures" / f"{name}.svg"
-        assert str(path) in done.out and path.stat().st_size < 60_000
+        assert str(path) in done.stdout and path.stat().st_size < 60_000
         texts[name] = " ".join("".join(n.itertext()) for n in ElementTree.parse(path).iter() if n.tag.endswith("text"))
         assert "#ffffff" not in path.read_text()  # no white background: GitHub's dark pages show through
     assert "1,024" in texts["growth"] and "speed of light" in texts["growth"] and "stock" in texts["growth"]
@@ -82,13 +70,13 @@ def test_plots(run, file, tmp_path):
 def test_no_matplotlib_is_said(run, file, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     done = run("report", file("a.json", timed("test_a", [2.0], [1.0])), "--plots", str(tmp_path / "figures"))
-    assert done.code == 2 and "pip install 'vreflection[bench]'" in done.err
+    assert done.returncode == 2 and "pip install 'vreflection[bench]'" in done.stderr
 
 
 def test_rows_without_curves_draw_nothing_and_say_so(run, file, tmp_path):
     pytest.importorskip("matplotlib")
     done = run("report", file("a.json", timed("test_a", [2.0], [1.0])), "--plots", str(tmp_path / "figures"))
-    assert done.code == 0 and "no figure" in done.out and not list((tmp_path / "figures").iterdir())
+    assert done.returncode == 0 and "no figure" in done.stdout and not list((tmp_path / "figures").iterdir())
 
 
 def test_compare_exit_codes(run, file):
@@ -96,18 +84,18 @@ def test_compare_exit_codes(run, file):
     old = file("old.json", timed("test_a", steady, [2.0] * 5))
     same = file("same.json", timed("test_a", steady[::-1], [2.0] * 5))
     slow = file("slow.json", timed("test_a", [1.4 * s for s in steady], [2.0] * 5))
-    assert run("compare", old, same).code == 0
+    assert run("compare", old, same).returncode == 0
     done = run("compare", old, slow)
-    assert done.code == 1 and "1 variants judged, 1 slower" in done.out
-    found = json.loads(run("compare", old, slow, "--json").out)
+    assert done.returncode == 1 and "1 variants judged, 1 slower" in done.stdout
+    found = json.loads(run("compare", old, slow, "--json").stdout)
     assert found["changes"][0]["verdict"] == "slower" and found["changes"][0]["change"] == pytest.approx(1.4)
     few = file("few.json", timed("test_a", [1.4, 1.4], [2.0] * 2))
-    assert run("compare", old, few).code == 0
-    assert run("compare", old, few, "--more-new", few, "--more-new", few).code == 1
+    assert run("compare", old, few).returncode == 0
+    assert run("compare", old, few, "--more-new", few, "--more-new", few).returncode == 1
 
 
 def test_bad_input_is_exit_code_2(run, file, tmp_path):
     good = file("a.json", timed("test_a", [2.0], [1.0]))
     for arguments in (("report", str(tmp_path / "none.json")), ("compare", good, str(tmp_path / "none.json"))):
         done = run(*arguments)
-        assert done.code == 2 and "none.json: cannot be read" in done.err
+        assert done.returncode == 2 and "none.json: cannot be read" in done.stderr

@@ -3,6 +3,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from vreflection.benchmarking.prediction import (
     BANDWIDTH,
@@ -98,7 +99,6 @@ def test_decode_steps_are_bound_by_the_weights():
 
 def test_decode_weights_are_those_of_the_model():
     """Everything of a real (tiny) model but its embedding is read once per step."""
-    torch = pytest.importorskip("torch")
     sys.path.insert(0, str(ROOT / "bench"))
     try:
         from random_model import random_model

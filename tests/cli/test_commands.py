@@ -2,32 +2,18 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-from vreflection.cli import main
 from vreflection.training.config import load_settings
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """The command line in this process: a new one takes seconds to import its libraries."""
+def run(monkeypatch, command_line):
     monkeypatch.chdir(ROOT)
-
-    def call(*arguments: str) -> SimpleNamespace:
-        monkeypatch.setattr(sys, "argv", ["vreflection", *arguments])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        captured = capsys.readouterr()
-        return SimpleNamespace(returncode=code, stdout=captured.out, stderr=captured.err)
-
-    return call
+    return command_line
 
 
 def test_as_a_module_in_its_own_process():

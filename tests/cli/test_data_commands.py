@@ -1,27 +1,15 @@
+import functools
 import json
-import sys
-from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
-from vreflection.cli import main
 from vreflection.data.rows import open_rows
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    def call(*arguments) -> SimpleNamespace:
-        monkeypatch.setattr(sys, "argv", ["vreflection", "data", *map(str, arguments)])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        captured = capsys.readouterr()
-        return SimpleNamespace(returncode=code, stdout=captured.out, stderr=captured.err)
-
-    return call
+def run(command_line):
+    return functools.partial(command_line, "data")
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import vreflection as vr
 from vreflection.engine import prefill
 from vreflection.engine.cache import cache_argument
 from vreflection.engine.prefill import Filling, forward_groups, pad_right, plan_sharing, signature
-from vreflection.engine.requests import Prompt
+from vreflection.engine.requests import PIECE, Prompt, digest
 
 
 def filling(row, marks, start=0):
@@ -129,3 +129,17 @@ def test_the_cache_goes_in_under_the_hosts_own_name():
         def forward(self, inputs_embeds, cache=None): ...
 
     assert (cache_argument(Older), cache_argument(Newer)) == ("past_key_values", "cache")
+
+
+def test_an_image_is_known_by_all_of_its_pieces():
+    """Larger than one piece, and not a whole number of them: every piece and the order count, and the grid."""
+    values, grid = torch.arange(2 * PIECE // 4 + 100, dtype=torch.float32)[:, None], torch.tensor([1, 2, 2])
+    name = digest(values, grid)
+    assert digest(values.clone(), grid) == name
+    for place in (0, PIECE // 4 + 5, len(values) - 1):
+        changed = values.clone()
+        changed[place] += 1
+        assert digest(changed, grid) != name, place
+    half = PIECE // 4
+    swapped = torch.cat([values[half : 2 * half], values[:half], values[2 * half :]])
+    assert digest(swapped, grid) != name and digest(values, torch.tensor([1, 4, 1])) != name

@@ -1,13 +1,9 @@
 """The benchmarks in miniature, shared through `demo`, and a tiny checkpoint on disk that answers them."""
 
 import importlib.util
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-
-from vreflection.cli import main
 
 
 @pytest.fixture(scope="session")
@@ -49,21 +45,14 @@ def short(tmp_path_factory):
 
 
 @pytest.fixture
-def evaluate(monkeypatch, capsys, checkpoint, demo_root, short):
+def evaluate(command_line, checkpoint, demo_root, short):
     """`vreflection eval` in this process on the tiny checkpoint; a keyword of `False` leaves a default option out."""
 
     def call(out, *flags, **options):
         defaults = {"model": checkpoint, "data_root": demo_root, "protocol": short, "benchmarks": "mmvp,hrbench4k"}
-        words = ["vreflection", "eval", "--out", str(out), "--allow-other-counts", *flags]
+        words = ["eval", "--out", str(out), "--allow-other-counts", *flags]
         for name, value in {**defaults, **options}.items():
             words += [] if value is False else [f"--{name.replace('_', '-')}", str(value)]
-        monkeypatch.setattr(sys, "argv", words)
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        captured = capsys.readouterr()
-        return SimpleNamespace(returncode=code, stdout=captured.out, stderr=captured.err)
+        return command_line(*words)
 
     return call

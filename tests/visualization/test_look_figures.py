@@ -4,15 +4,12 @@ import base64
 import io
 import json
 import re
-import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from vreflection.cli import main
 from vreflection.engine.requests import Generation
 from vreflection.errors import ConfigError
 from vreflection.visualization import look_run
@@ -179,19 +176,12 @@ def test_an_answer_without_a_span():
 
 
 @pytest.fixture
-def visualize(monkeypatch, capsys, checkpoint, tmp_path):
+def visualize(monkeypatch, command_line, checkpoint, tmp_path):
     monkeypatch.chdir(tmp_path)
     photo(112, 84).save(tmp_path / "photo.png")
 
     def call(*words, model=checkpoint):
-        monkeypatch.setattr(sys, "argv", ["vreflection", "visualize", "--model", str(model), *map(str, words)])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        captured = capsys.readouterr()
-        return SimpleNamespace(returncode=code, stdout=captured.out, stderr=captured.err)
+        return command_line("visualize", "--model", model, *words)
 
     return call
 

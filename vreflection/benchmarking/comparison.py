@@ -21,7 +21,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -55,9 +55,6 @@ class Change:
     low: float
     high: float
     verdict: str
-
-    def as_dict(self) -> dict[str, float | str]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)
