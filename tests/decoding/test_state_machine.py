@@ -15,6 +15,7 @@ from vreflection.decoding import (
     DecodeState,
     PickPlan,
     ProgramKey,
+    Replacements,
     SamplingRows,
     SamplingSettings,
     advance,
@@ -72,13 +73,19 @@ class Row:
     fed: list
 
 
-def oracle(prompt, limit, table, steps, mode, penalty=1.0, force=False, given_latents=None):
-    """Decode one row as the method is written, keeping `left`: latents that must still be consumed."""
+def oracle(prompt, limit, table, steps, mode, penalty=1.0, force=False, spans=None):
+    """Decode one row as the method is written, keeping `left`: latents that must still be consumed.
+
+    Args:
+        spans: states to consume instead, per span a list of them, or None for the row's own.
+    """
     *ids, last = prompt
     hidden = [0, 0]
     for position, token in enumerate(prompt):
         hidden = recur(hidden, embedding(token), position)
     position, seen, counted, left = len(prompt), set(prompt), 0, 0
+    replacements = [state for span in spans or [] for state in span or [None] * steps]
+    consumed_latents = 0
     consumed_token = last  # None after a latent
     row = Row([], [], [], [])
     while True:
@@ -103,7 +110,9 @@ def oracle(prompt, limit, table, steps, mode, penalty=1.0, force=False, given_la
             return row
         inputs = embedding(token)
         if latent:
-            inputs = hidden if given_latents is None else given_latents[steps - left]
+            replacement = replacements[consumed_latents % len(replacements)] if replacements else None
+            consumed_latents += 1
+            inputs = hidden if replacement is None else replacement
         row.fed.append(inputs)
         consumed_token = None if latent else token
         hidden = recur(hidden, inputs, position)
@@ -121,11 +130,12 @@ class Trace:
     lasts: list
 
 
-def drive(step, first, rules, sampling, forced=None, given=None, ring=4):
+def drive(step, first, rules, sampling, forced=None, spans=None, ring=4):
     """Decode rows until all have finished, the way an engine does: a first pick, then programs of `ring` steps.
 
     Args:
-        first: state after the prompt, its tensors `(B, ...)`. forced: first tokens, -1 for none. given: `(B, N, D)`.
+        first: state after the prompt, its tensors `(B, ...)`. forced: first tokens, -1 for none.
+        spans: per row the latents to consume, as `Replacements.set_row` takes them.
     """
     rows, width = first.z.shape
     settings, plan = SamplingRows.of([sampling] * rows, [0] * rows), PickPlan.of([sampling])
@@ -136,9 +146,13 @@ def drive(step, first, rules, sampling, forced=None, given=None, ring=4):
     buffers = DecodeBuffers.allocate(rows, width, first.z.dtype, "cpu", ring)
     buffers.state, buffers.sampling = replace(state, z=state.z.clone()), settings
     buffers.hidden = torch.zeros(ring, rows, width, dtype=first.z.dtype)
-    if given is not None:
-        buffers.given, buffers.has_given = given, torch.ones(rows, dtype=torch.bool)
-    program = DecodeProgram(step, buffers, rules, ProgramKey(rows, 1, plan=plan, record=True, given=given is not None))
+    if spans is not None:
+        steps = max(len(row) * int(state.latent_steps.max()) for row in spans)
+        buffers.replacements = Replacements.allocate(rows, max(steps, 1), width, first.z.dtype, "cpu")
+        for row, states in enumerate(spans):
+            buffers.replacements.set_row(row, states)
+    key = ProgramKey(rows, 1, plan=plan, record=True, replace=spans is not None)
+    program = DecodeProgram(step, buffers, rules, key)
     fed, plain = [], program.step.forward
     program.step.forward = lambda inputs, *rest: (fed.append(inputs.clone()), plain(inputs, *rest))[1]
     lines, hidden = [emitted], [first.z.clone()]
@@ -178,7 +192,7 @@ def after_prompt(last, states, positions, limits, steps, ends, seen=None, capaci
     return state
 
 
-def run(prompts, limits, table, steps, mode, penalty=1.0, force=False, given_latents=None):
+def run(prompts, limits, table, steps, mode, penalty=1.0, force=False, spans=None):
     states, seen = [], torch.zeros(len(prompts), VOCABULARY, dtype=torch.bool)
     for n, prompt in enumerate(prompts):
         hidden = [0, 0]
@@ -192,16 +206,17 @@ def run(prompts, limits, table, steps, mode, penalty=1.0, force=False, given_lat
         [p[-1] for p in prompts], states, lengths, limits, steps, [EOS, OTHER_EOS], seen if penalty != 1.0 else None
     )
     rules = DecodeRules(START, LVR, PAD, mode)
-    latents = None if given_latents is None else torch.tensor(given_latents, dtype=torch.float64)
+    tensor = lambda states: None if states is None else torch.tensor(states, dtype=torch.float64)  # noqa: E731
+    latents = None if spans is None else [[tensor(states) for states in row] for row in spans]
     forced = torch.full((len(prompts),), START) if force else None
     step = ToyStep(states, table)
     return drive(step, state, rules, SamplingSettings(repetition_penalty=penalty), forced, latents), step
 
 
-def compare(prompts, limits, table, steps, mode, penalty=1.0, force=False, given_latents=None):
-    trace, step = run(prompts, limits, table, steps, mode, penalty, force, given_latents)
+def compare(prompts, limits, table, steps, mode, penalty=1.0, force=False, spans=None):
+    trace, step = run(prompts, limits, table, steps, mode, penalty, force, spans)
     rows = [
-        oracle(p, limit, table, steps, mode, penalty, force, None if given_latents is None else given_latents[n])
+        oracle(p, limit, table, steps, mode, penalty, force, None if spans is None else spans[n])
         for n, (p, limit) in enumerate(zip(prompts, limits))
     ]
     for n, row in enumerate(rows):
@@ -229,11 +244,12 @@ def test_every_row_of_a_batch_decodes_as_it_would_alone(mode, data, table, promp
     limits = data.draw(st.lists(st.integers(1, 14), min_size=len(prompts), max_size=len(prompts)))
     penalty = data.draw(st.sampled_from([1.0, 1.0, 1.4, 0.7]))
     force = data.draw(st.booleans())
-    given_latents = None
+    spans = None
     if steps and data.draw(st.booleans()):
         number = st.integers(0, PRIME - 1)
-        given_latents = [[[data.draw(number), data.draw(number)] for _ in range(steps)] for _ in prompts]
-    compare(prompts, limits, table, steps, mode, penalty, force, given_latents)
+        states = st.lists(st.tuples(number, number).map(list), min_size=steps, max_size=steps)
+        spans = [data.draw(st.lists(st.none() | states, max_size=3)) for _ in prompts]
+    compare(prompts, limits, table, steps, mode, penalty, force, spans)
 
 
 class ScriptStep:
@@ -256,10 +272,10 @@ class ScriptStep:
         return torch.tensor([wanted])
 
 
-def script(tokens, mode="clean", steps=3, limit=20, last=5, forced=None, given=None, capacity=None):
+def script(tokens, mode="clean", steps=3, limit=20, last=5, forced=None, spans=None, capacity=None):
     step = ScriptStep(tokens)
     state = after_prompt([last], torch.zeros(1, 1).double(), [40], [limit], steps, [EOS], capacity=capacity)
-    trace = drive(step, state, DecodeRules(START, LVR, PAD, mode), SamplingSettings(), forced, given, ring=1)
+    trace = drive(step, state, DecodeRules(START, LVR, PAD, mode), SamplingSettings(), forced, spans, ring=1)
     return trace.tokens[0], step, trace
 
 
@@ -319,10 +335,19 @@ def test_rows_without_a_forced_start_pick_their_own():
     assert tokens == [7, START, LVR, LVR, LVR, EOS]
 
 
-def test_given_latents_replace_the_rows_own():
-    given_latents = torch.tensor([[[91.0], [92.0], [93.0]]]).double()
-    _, step, _ = script([START, 6, 6, 6, START, 6, 6, 6, EOS], given=given_latents)
+def test_latents_of_every_span_are_replaced():
+    states = torch.tensor([[91.0], [92.0], [93.0]]).double()
+    _, step, _ = script([START, 6, 6, 6, START, 6, 6, 6, EOS], spans=[[states]])
     assert step.fed == [-START, 91, 92, 93, -START, 91, 92, 93]
+
+
+@pytest.mark.parametrize("mode", ["clean", "parity"])
+def test_spans_are_replaced_one_by_one_and_from_the_first_again(mode):
+    first, third = torch.tensor([[91.0], [92.0]]).double(), torch.tensor([[95.0], [96.0]]).double()
+    opened = [START, 6, 6, START, 6, 6, START, 6, 6, START, 6, 6, EOS]
+    _, step, _ = script(opened, mode, steps=2, spans=[[first, None, third]])
+    # Hidden state t holds t: the second span consumes the row's own.
+    assert step.fed == [-START, 91, 92, -START, 4, 5, -START, 95, 96, -START, 91, 92]
 
 
 def test_finished_rows_stay_finished():

@@ -343,7 +343,7 @@ def test_what_a_request_cannot_be(lab, tiny):
         (prompt, {"max_tokens": 6}, ConfigError, r"unsupported settings \['max_tokens'\]"),
         (prompt, {"latent_steps": 4}, ConfigError, "was trained with 3, got 4"),
         (prompt, {"eos_token_id": list(range(9))}, ConfigError, "eos_token_id: expected at most 8 ids, got 9"),
-        (prompt, {"latents": torch.zeros(2, 5)}, ValueError, r"latents: expected \(1, 3, 64\)"),
+        (prompt, {"latents": torch.zeros(2, 5)}, ValueError, r"latents: expected \(3, 64\) for every span"),
         (two, {}, ValueError, r"input_ids: expected one prompt, .* got \(2, 5\); pass a list"),
         ({"input_ids": torch.zeros(1, 0, dtype=torch.long)}, {}, ValueError, "at least one token"),
         (one_patch_short, {}, ValueError, "pixel_values: expected 64 rows .* got 63"),

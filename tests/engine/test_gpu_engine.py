@@ -145,3 +145,25 @@ def test_a_cache_that_does_not_fit_is_refused_before_anything_is_allocated(lab):
     with pytest.raises(vr.ConfigError, match="GiB to give"):
         vr.LatentDecoder(model, max_batch_size=4096, max_length=2**24)
     assert torch.cuda.memory_allocated() == before
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_latents_of_each_span_on_every_tier(lab, tiny, step):
+    """Warm-up calls and replays count the consumed latents as single steps do."""
+    model = lab.lively()
+    states = torch.randn(3, tiny.SLOTS, tiny.WIDTH, generator=torch.Generator().manual_seed(0))
+    kinds = [{"latents": states}, {}, {"latents": [None, states[1]]}, {"latents": states[2]}, {"latents": states[:2]}]
+    limit = {"max_new_tokens": 16, "force_latent": True, "eos_token_id": 300, "return_latents": True}
+    results = []
+    for place, names in (("cpu", ["eager"]), ("cuda", tiers())):
+        model.to(place)
+        for tier in names:
+            decoder = make(model, "torch" if place == "cpu" else step, tier)
+            requests = [decoder.request(lab.prompt(n), **limit, **kind) for n, kind in enumerate(kinds)]
+            for _ in range(2):
+                results.append(decoder.generate(requests))
+    assert min(len(answer.latents) for answer in results[0]) >= 3
+    for answers in results[1:]:
+        for answer, own in zip(answers, results[0], strict=True):
+            assert answer.tokens == own.tokens
+            torch.testing.assert_close(answer.latents.cpu(), own.latents, rtol=1e-3, atol=1e-3)

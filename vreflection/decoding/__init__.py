@@ -1,6 +1,6 @@
 """Latent decoding as tensor code that knows no model: state machine, sampling, one step as a program, runner tiers."""
 
-from .program import DecodeBuffers, DecodeProgram, ProgramKey, Step, pick_from_logits
+from .program import DecodeBuffers, DecodeProgram, ProgramKey, Replacements, Step, pick_from_logits
 from .sampling import PickPlan, SamplingRows, SamplingSettings, pick_tokens
 from .state import MAX_END_IDS, NOTHING, DecodeRules, DecodeState, advance, plan_transition, read_emission
 
@@ -13,6 +13,7 @@ __all__ = [
     "DecodeState",
     "PickPlan",
     "ProgramKey",
+    "Replacements",
     "SamplingRows",
     "SamplingSettings",
     "Step",

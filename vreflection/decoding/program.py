@@ -1,11 +1,13 @@
 """One decode step, or a whole latent span, as a call over tensors of fixed address.
 
-Shape suffixes: B rows, D width, V vocabulary, R steps between two looks of the host.
+Shape suffixes: B rows, N latents per span, M latents that a row replaces, D width, V vocabulary, R steps between two
+looks of the host.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from typing import Protocol
 
 import torch
@@ -48,6 +50,58 @@ def pick_from_logits(logits_BV, rows: SamplingRows, plan: PickPlan, state: Decod
 
 
 @dataclass
+class Replacements:
+    """States that rows consume inside spans instead of their own last hidden state.
+
+    Row b's latent number i, counted over all its spans, consumes `states[b, i % period[b]]` where
+    `replaced[b, i % period[b]]`, else the row's own state.
+
+    Attributes:
+        states: `(B, M, D)`. replaced: `(B, M)` bool. period: `(B,)` int64, at least 1, at most M.
+        consumed: `(B,)` int64, latents that the row has consumed.
+    """
+
+    states: torch.Tensor
+    replaced: torch.Tensor
+    period: torch.Tensor
+    consumed: torch.Tensor
+
+    @classmethod
+    def allocate(cls, rows: int, steps: int, width: int, dtype: torch.dtype, device: torch.device | str):
+        """Rows that replace nothing."""
+        number = lambda value: torch.full((rows,), value, dtype=torch.int64, device=device)  # noqa: E731
+        return cls(
+            torch.zeros(rows, steps, width, dtype=dtype, device=device),
+            torch.zeros(rows, steps, dtype=torch.bool, device=device), number(1), number(0),
+        )  # fmt: skip
+
+    @property
+    def steps(self) -> int:
+        return self.states.shape[1]
+
+    def narrow(self, rows: int) -> Replacements:
+        """Views of the first rows."""
+        return Replacements(*(getattr(self, f.name)[:rows] for f in fields(self)))
+
+    def set_row(self, row: int, spans: Sequence[torch.Tensor | None]) -> None:
+        """For a new request in a row: `(N, D)` states per span, None for the row's own; no spans replace nothing."""
+        self.consumed[row], self.period[row], self.replaced[row] = 0, 1, False
+        for number, states_ND in enumerate(spans):
+            if states_ND is not None:
+                place = slice(number * len(states_ND), (number + 1) * len(states_ND))
+                self.states[row, place] = states_ND.to(self.states)
+                self.replaced[row, place] = True
+                self.period[row] = len(spans) * len(states_ND)
+
+    def choose(self, mode: torch.Tensor, own_BD: torch.Tensor) -> torch.Tensor:
+        """What the rows in `mode` `(B,)` consume next, `(B, D)`; counts it as consumed."""
+        index = self.consumed % self.period
+        self.consumed.add_(mode)
+        states_BD = self.states.gather(1, index[:, None, None].expand(-1, 1, own_BD.shape[1]))[:, 0]
+        return torch.where(self.replaced.gather(1, index[:, None]), states_BD, own_BD)
+
+
+@dataclass
 class DecodeBuffers:
     """Everything a step reads or writes besides weights and cache; allocated once.
 
@@ -55,7 +109,7 @@ class DecodeBuffers:
         emitted: `(R, B)` emissions of the steps since the host last looked. hidden: `(R, B, D)` their hidden states,
             when recorded. cursor: `(1,)` the next line of both.
         running, budget: see `tiers.Program`.
-        given: `(B, N, D)` states to consume inside spans where `has_given` `(B,)`.
+        replacements: once any request brought latents of its own.
     """
 
     state: DecodeState
@@ -65,8 +119,7 @@ class DecodeBuffers:
     running: torch.Tensor
     budget: torch.Tensor
     hidden: torch.Tensor | None = None
-    given: torch.Tensor | None = None
-    has_given: torch.Tensor | None = None
+    replacements: Replacements | None = None
 
     @classmethod
     def allocate(cls, rows: int, width: int, dtype: torch.dtype, device: torch.device | str, ring: int):
@@ -93,7 +146,7 @@ class ProgramKey:
     Attributes:
         rows: the first rows of the buffers. extent: cache columns. steps: decode steps per call.
         text: whether any row may need a token; a program without is a latent span and never touches the vocabulary.
-        plan, record, given: what at least one row asks for.
+        plan, record, replace: what at least one row asks for.
     """
 
     rows: int
@@ -102,7 +155,7 @@ class ProgramKey:
     text: bool = True
     plan: PickPlan = field(default_factory=PickPlan)
     record: bool = False
-    given: bool = False
+    replace: bool = False
 
 
 class DecodeProgram:
@@ -126,8 +179,8 @@ class DecodeProgram:
         self.sampling = buffers.sampling.narrow(key.rows)
         self.emitted = buffers.emitted[:, : key.rows]
         self.hidden = None if buffers.hidden is None or not key.record else buffers.hidden[:, : key.rows]
-        given = key.given and buffers.given is not None and buffers.has_given is not None
-        self.given = (buffers.given[: key.rows], buffers.has_given[: key.rows, None]) if given else None  # pyright: ignore
+        replaces = key.replace and buffers.replacements is not None
+        self.replacements = buffers.replacements.narrow(key.rows) if replaces else None  # pyright: ignore
         self.nobody = torch.zeros(key.rows, dtype=torch.int64, device=buffers.cursor.device)
         if native is None:
             native = buffers.cursor.device.type == "cpu" and not dispatch.CPP_MISSING
@@ -137,7 +190,8 @@ class DecodeProgram:
     def state(self) -> list[torch.Tensor]:
         """All that a call changes, the key/value cache apart."""
         recorded = [] if self.hidden is None else [self.hidden]
-        return [*self.changing, self.emitted, self.buffers.cursor, self.running, self.budget, *recorded]
+        counted = [] if self.replacements is None else [self.replacements.consumed]
+        return [*self.changing, self.emitted, self.buffers.cursor, self.running, self.budget, *recorded, *counted]
 
     def __call__(self) -> None:
         for _ in range(self.steps):
@@ -177,14 +231,9 @@ class DecodeProgram:
         torch.mul(self.budget > 0, ~moved.finished.all(), out=self.running)
 
     def latent_inputs(self) -> torch.Tensor:
-        """The rows' own last hidden states, or what they were given instead."""
-        rows = self.rows
-        if self.given is None:
-            return rows.z
-        given_BND, has_given = self.given
-        index = (rows.latent_steps - rows.remaining).clamp(0, given_BND.shape[1] - 1)
-        chosen = given_BND.gather(1, index[:, None, None].expand(-1, 1, given_BND.shape[2]))[:, 0]
-        return torch.where(has_given, chosen, rows.z)
+        """The rows' own last hidden states, or what replaces them."""
+        own = self.rows.z
+        return own if self.replacements is None else self.replacements.choose(self.rows.mode, own)
 
 
 class NativeMoves:

@@ -18,6 +18,7 @@ from ..decoding import (
     DecodeState,
     PickPlan,
     ProgramKey,
+    Replacements,
     SamplingRows,
     advance,
     read_emission,
@@ -164,8 +165,8 @@ class Batch:
         if plan.penalty or state.seen is not None:
             self.make_penalty_buffer()
             fresh.seen = torch.stack([seen_ids(r.prompt.input_ids.to(device), state.seen.shape[1]) for r in requests])  # pyright: ignore
-        if any(r.latents is not None for r in requests) or self.buffers.given is not None:
-            self.set_given(slots, requests)
+        if any(r.latents is not None for r in requests) or self.buffers.replacements is not None:
+            self.set_replacements(slots, requests)
         picked = self.step.pick(last_BD, ~fresh.finished, sampling, plan, fresh)
         forced = number([start if r.force_latent and id != start else -1 for r, id in zip(requests, last)])
         moved, emitted = advance(fresh, self.rules, last_BD, torch.where(forced >= 0, forced, picked))
@@ -187,23 +188,20 @@ class Batch:
             state.seen = torch.zeros(self.max_batch_size, vocabulary, dtype=torch.bool, device=self.device)
             self.forget_programs()
 
-    def set_given(self, slots: list[int], requests: list[Request]) -> None:
-        buffers = self.buffers
-        steps = max([len(r.latents) for r in requests if r.latents is not None], default=0)
-        held = 0 if buffers.given is None else buffers.given.shape[1]
-        if steps > held:
-            grown = torch.zeros(self.max_batch_size, steps, self.width, dtype=self.dtype, device=self.device)
-            if buffers.given is not None:
-                grown[:, :held] = buffers.given
-            buffers.given = grown
-            if buffers.has_given is None:
-                buffers.has_given = torch.zeros(self.max_batch_size, dtype=torch.bool, device=self.device)
+    def set_replacements(self, slots: list[int], requests: list[Request]) -> None:
+        """Put the requests' latents in place; rows without any replace nothing."""
+        buffers, before = self.buffers, self.buffers.replacements
+        steps = max((len(r.latents) * r.latent_steps for r in requests if r.latents is not None), default=1)
+        if before is None or before.steps < steps:
+            grown = Replacements.allocate(self.max_batch_size, steps, self.width, self.dtype, self.device)
+            if before is not None:
+                grown.states[:, : before.steps], grown.replaced[:, : before.steps] = before.states, before.replaced
+                grown.period, grown.consumed = before.period, before.consumed
+            buffers.replacements = grown
             self.forget_programs()
-        assert buffers.given is not None and buffers.has_given is not None
+        assert buffers.replacements is not None
         for slot, request in zip(slots, requests):
-            buffers.has_given[slot] = request.latents is not None
-            if request.latents is not None:
-                buffers.given[slot, : len(request.latents)] = request.latents.to(self.device, self.dtype)
+            buffers.replacements.set_row(slot, request.latents or ())
 
     def make_room(self, columns: int) -> None:
         """Grow the cache to `columns`, where it may grow."""
@@ -288,7 +286,7 @@ class Batch:
             text=not span,
             plan=PickPlan.of([row.request.sampling for row in rows]),
             record=record,
-            given=any(row.request.latents is not None for row in rows),
+            replace=any(row.request.latents is not None for row in rows),
         )
         if key not in self.programs:
             self.programs[key] = DecodeProgram(self.step, self.buffers, self.rules, key)

@@ -1,13 +1,13 @@
 """`LatentDecoder`: prompts in, answers out; rows come and go while the others decode on.
 
-Shape suffixes: B rows, L prompt tokens, N latents per span, D width.
+Shape suffixes: B rows, L prompt tokens, S spans, N latents per span, D width.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from itertools import islice
 
@@ -17,7 +17,7 @@ from ..decoding import NOTHING, DecodeRules
 from ..errors import ConfigError
 from .batch import Batch
 from .requests import Emitted, Generation, Prompt, Request, check_images, check_tokens
-from .settings import given_latents, resolve_latent_steps, resolve_settings
+from .settings import resolve_latent_steps, resolve_latents, resolve_settings
 
 # Steps between two looks of the host at what was emitted, when nobody waits for single tokens.
 LOOK_EVERY = 8
@@ -88,7 +88,7 @@ class LatentDecoder(Batch):
         latent_steps: int | None = None,
         allow_other_latent_steps: bool = False,
         force_latent: bool = False,
-        latents: torch.Tensor | None = None,
+        latents: torch.Tensor | Sequence[torch.Tensor | None] | None = None,
         seed: int | None = None,
         return_latents: bool = False,
         hide_images: bool = False,
@@ -102,7 +102,9 @@ class LatentDecoder(Batch):
                 `(question, images)`.
             latent_steps: N per span; default the checkpoint's. Another number needs `allow_other_latent_steps`.
             force_latent: start a span right after the prompt.
-            latents: `(N, D)` states to consume inside spans instead of the model's own, for interventions.
+            latents: states to consume inside spans instead of the model's own, for interventions: `(N, D)` for every
+                span, or `(S, N, D)`, where span j consumes `latents[j % S]`. A sequence of `(N, D)` and None leaves
+                the spans that have None to the model.
             seed: of the row's draws; the same seed gives the same answer whatever shares the batch. Default: drawn
                 from torch's own generator.
             hide_images: no position after the prompt attends to image tokens, an intervention: what the answer knows of
@@ -116,7 +118,7 @@ class LatentDecoder(Batch):
         """
         resolved = resolve_settings(generation_config or self.model.generation_config, settings)
         steps = resolve_latent_steps(self.model.config, latent_steps, allow_other_latent_steps, stacklevel=3)
-        given = given_latents(self.model, steps, None if latents is None else latents[None], 1)
+        span_latents = resolve_latents(self.model, steps, latents)
         if seed is not None and not isinstance(seed, int):
             raise ConfigError(f"seed: expected an integer, got {seed!r}")
         made = Request(
@@ -127,7 +129,7 @@ class LatentDecoder(Batch):
             latent_steps=steps,
             seed=int(torch.randint(2**62, ())) if seed is None else seed,
             force_latent=force_latent,
-            latents=None if given is None else given[0],
+            latents=span_latents,
             return_latents=return_latents,
             hide_images=hide_images,
         )

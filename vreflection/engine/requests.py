@@ -184,7 +184,7 @@ class Request:
     latent_steps: int
     seed: int = 0
     force_latent: bool = False
-    latents: torch.Tensor | None = None  # (N, D)
+    latents: tuple[torch.Tensor | None, ...] | None = None  # per span (N, D) or None for the model's own; then again
     return_latents: bool = False
     hide_images: bool = False
 

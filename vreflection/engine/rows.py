@@ -45,6 +45,11 @@ class Row:
         else:
             self.in_span = 0 if token == start_id and self.request.latent_steps else None
 
+    def replacement(self, span: int) -> torch.Tensor | None:
+        """What the request has a span consume, `(N, D)`; None for the model's own states."""
+        spans = self.request.latents
+        return None if spans is None else spans[span % len(spans)]
+
     def why_it_ended(self) -> str:
         if self.answer.tokens[-1] in self.request.eos_token_ids and not self.answer.latent[-1]:
             return "eos"
@@ -60,11 +65,14 @@ class Row:
         fed = torch.tensor([False, *answer.latent[:-1]], device=hidden.device)
         whole = int(fed.sum()) // steps * steps if steps else 0
         latents, probes = hidden[fed.roll(-1)][:whole], hidden[fed][:whole]
-        if self.request.latents is not None and whole:
-            latents = self.request.latents.to(hidden).repeat(whole // steps, 1)
         shape = (-1, max(steps, 1), hidden.shape[1])
         with torch.inference_mode(False):
-            answer.latents, answer.probes = latents.clone().view(shape), probes.clone().view(shape)
+            consumed_SND = latents.clone().view(shape)
+            for span in range(len(consumed_SND)):
+                replacement = self.replacement(span)
+                if replacement is not None:
+                    consumed_SND[span] = replacement.detach()
+            answer.latents, answer.probes = consumed_SND, probes.clone().view(shape)
             answer.step_hidden = hidden.clone()
 
 

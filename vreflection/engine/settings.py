@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,13 +104,56 @@ def resolve_latent_steps(config, latent_steps: int | None, allow_other: bool, st
     return steps
 
 
-def given_latents(model, steps: int, latents: torch.Tensor | None, batch: int) -> torch.Tensor | None:
-    """States `(batch, N, D)` to feed inside spans where they are not the model's own, or None."""
+SpanLatents = tuple[torch.Tensor | None, ...]
+
+
+def resolve_latents(model, steps: int, latents: torch.Tensor | Sequence[torch.Tensor | None] | None):
+    """What each span of one answer consumes, `(N, D)` per span or None for the model's own; None where all do.
+
+    Args:
+        latents: `(N, D)` for every span; `(S, N, D)`, or a sequence of `(N, D)` and None, span by span. An answer that
+            opens more spans begins again with the first.
+
+    Raises:
+        ValueError: another shape.
+    """
     config = model.config
-    if latents is not None:
-        if latents.dim() != 3 or latents.shape[:2] != (batch, steps) or latents.shape[2] != config.hidden_width:
-            raise ValueError(f"latents: expected ({batch}, {steps}, {config.hidden_width}), got {tuple(latents.shape)}")
-        return latents if steps else None
-    if config.traits.slot_input == "embedding" and steps:
-        return model.get_input_embeddings().weight[config.lvr_id].detach().expand(batch, steps, -1)
-    return None
+    own: torch.Tensor | None = None
+    if config.traits.slot_input == "embedding":
+        own = model.get_input_embeddings().weight[config.lvr_id].detach().expand(steps, -1)
+    if latents is None:
+        return (own,) if own is not None and steps else None
+    width = config.hidden_width
+    one = (steps, width)
+    if not isinstance(latents, Sequence):
+        shape = tuple(latents.shape)
+        if shape != one and not (len(shape) == 3 and shape[0] and shape[1:] == one):
+            raise ValueError(f"latents: expected {one} for every span, or (spans, {steps}, {width}), got {shape}")
+        spans: SpanLatents = (latents,) if shape == one else tuple(latents)
+    else:
+        spans = tuple(latents)
+        shapes = [None if states is None else tuple(states.shape) for states in spans]
+        if not spans or any(shape not in (None, one) for shape in shapes):
+            raise ValueError(f"latents: expected {one} or None for each span, got {shapes}")
+    spans = tuple(own if states is None else states for states in spans)
+    return spans if steps and any(states is not None for states in spans) else None
+
+
+def latents_per_row(latents: torch.Tensor | Sequence | None, steps: int, width: int, batch: int) -> Sequence:
+    """The `latents` of a batch, row by row, as `resolve_latents` takes them.
+
+    Raises:
+        ValueError: another shape.
+    """
+    if latents is None:
+        return [None] * batch
+    if not isinstance(latents, Sequence):
+        shape = tuple(latents.shape)
+        if len(shape) not in (3, 4) or shape[0] != batch or shape[-2:] != (steps, width):
+            raise ValueError(
+                f"latents: expected ({batch}, {steps}, {width}) or ({batch}, spans, {steps}, {width}), got {shape}"
+            )
+        return list(latents)
+    if len(latents) != batch:
+        raise ValueError(f"latents: expected {batch} entries, one per prompt, got {len(latents)}")
+    return latents

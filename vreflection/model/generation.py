@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ from transformers.utils import ModelOutput
 
 from ..engine.decoder import LatentDecoder
 from ..engine.requests import Generation, Prompt, Request
-from ..engine.settings import given_latents, resolve_latent_steps, resolve_settings
+from ..engine.settings import latents_per_row, resolve_latent_steps, resolve_latents, resolve_settings
 from ..errors import ConfigError
 from .layout import BatchLayout
 
@@ -25,8 +26,8 @@ class LatentGenerateOutput(ModelOutput):
     Attributes:
         sequences: `(batch, prompt + new)` ids; rows that finished early are padded.
         latent_mask: `(batch, new)` bool, the latent positions.
-        latents, probes: with `return_latents`, per row `(spans, N, D)`: states consumed by the slots, and hidden states
-            at the slots, which the student's attention starts from.
+        latents, probes: with `return_latents`, per row `(spans, N, D)`: states that each span's slots consumed, given
+            or the model's own, and hidden states at the slots, which the student's attention starts from.
         step_hidden: with `return_latents`, `(batch, new, D)` hidden states whose logits gave each new token; zero after
             a row's end.
     """
@@ -56,7 +57,7 @@ class LatentGenerationMixin:
         allow_other_latent_steps: bool = False,
         latent_mode: str = "clean",
         force_latent: bool = False,
-        latents: torch.Tensor | None = None,
+        latents: torch.Tensor | Sequence | None = None,
         seed: int | None = None,
         streamer=None,
         return_dict_in_generate: bool = False,
@@ -72,7 +73,8 @@ class LatentGenerationMixin:
             latent_steps: N per span; default the checkpoint's. Another number needs `allow_other_latent_steps`.
             latent_mode: `clean` or `parity` (see `vreflection.decoding.DecodeRules`).
             force_latent: start a span right after the prompt.
-            latents: `(batch, N, D)` states to consume inside spans instead of the model's own, for interventions.
+            latents: `(batch, N, D)` or `(batch, S, N, D)` states to consume inside spans instead of the model's own, or
+                a list with one entry per prompt; see `LatentDecoder.request`.
             seed: row i draws from `seed + i`, whatever shares the batch; default from torch's own generator.
             streamer: host-library streamer (batch 1); receives no latent positions in clean mode.
             return_dict_in_generate, return_latents: see `LatentGenerateOutput`.
@@ -88,7 +90,10 @@ class LatentGenerationMixin:
         """
         resolved = resolve_settings(generation_config or self.generation_config, settings)
         steps = resolve_latent_steps(self.config, latent_steps, allow_other_latent_steps, stacklevel=4)
-        given = given_latents(self, steps, latents, input_ids.shape[0])
+        row_latents = [
+            resolve_latents(self, steps, one)
+            for one in latents_per_row(latents, steps, self.config.hidden_width, input_ids.shape[0])
+        ]
         mask: torch.Tensor = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         check_prompt(input_ids, mask, streamer)
         first_seed = int(torch.randint(2**62, ())) if seed is None else seed
@@ -110,7 +115,7 @@ class LatentGenerationMixin:
                     steps,
                     first_seed + row,
                     force_latent,
-                    None if given is None else given[row],
+                    row_latents[row],
                     return_latents,
                 )  # fmt: skip
             )
