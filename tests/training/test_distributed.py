@@ -18,6 +18,7 @@ from vreflection.training.values import build
 
 SAVING = {"save_strategy": "steps", "save_steps": 2}
 FREE = {"maximum": 0.6, "start": 0.0, "end": 0.0}
+THROUGH = {"maximum": 0.6, "start": 0.0, "end": 0.0, "backpropagate": True}
 JOBS = Path(__file__).with_name("jobs.py")
 
 
@@ -37,23 +38,42 @@ def outcome(root, name, rank=0):
 
 
 @pytest.fixture(scope="module")
-def one(mixed):
-    """One process: four micro-batches a step."""
-    plain = run_training(build(TrainSettings, mixed.settings("one", trainer=SAVING), "one"))
-    free = run_training(build(TrainSettings, mixed.settings("one-free", free_running=FREE), "one"))
-    return {"plain": plain, "free": free}
+def hops(mixed):
+    """Rows with none to four boxes, and text between some spans."""
+    rows = json.loads((mixed.root / "rows.json").read_text())
+    for number, row in enumerate(rows):
+        count = len(row.get("bboxes", [])) * (1 + number % 4)
+        if count:
+            row["bboxes"] = [[0.1 * place, 0.2, 0.6, 0.7] for place in range(count)]
+            spans = "".join("<lvr>" + "so " * (place % 2) for place in range(count))
+            row["conversations"][1]["value"] = f"{spans}\n<answer> {number} </answer>"
+    (mixed.root / "hops.json").write_text(json.dumps(rows))
+    return {"train": str(mixed.root / "hops.json")}
 
 
 @pytest.fixture(scope="module")
-def two(mixed, one):
+def one(mixed, hops):
+    """One process: four micro-batches a step."""
+    plain = run_training(build(TrainSettings, mixed.settings("one", trainer=SAVING), "one"))
+    free = run_training(build(TrainSettings, mixed.settings("one-free", free_running=FREE), "one"))
+    several = {
+        name: run_training(build(TrainSettings, mixed.settings(f"one-{name}", data=hops, free_running=settings), "one"))
+        for name, settings in (("hops", FREE), ("through", THROUGH))
+    }
+    return {"plain": plain, "free": free, **several}
+
+
+@pytest.fixture(scope="module")
+def two(mixed, hops, one):
     """Two processes: two micro-batches a step each. Returns the names of their jobs."""
     half = {"gradient_accumulation_steps": 2}
-    jobs = {}
+    jobs = {"ddp-through": mixed.settings("ddp-through", data=hops, trainer=half, free_running=THROUGH)}
     for way in ("ddp", "fsdp2"):
         jobs[way] = mixed.settings(way, parallel=way, trainer=half | SAVING)
         jobs[f"{way}-free"] = mixed.settings(
             f"{way}-free", parallel=way, free_running=FREE, trainer=half | {"gradient_checkpointing": True}
         )
+        jobs[f"{way}-hops"] = mixed.settings(f"{way}-hops", parallel=way, data=hops, trainer=half, free_running=FREE)
     jobs["stage2"] = mixed.settings(
         "stage2", stage="stage2", model=str(mixed.root / "one"), latent={}, parallel="fsdp2", trainer=half
     )
@@ -97,6 +117,17 @@ def test_two_processes_equal_one(one, two, mixed, way):
 def test_free_running_with_checkpointed_layers(one, two, mixed, way):
     compare(one["free"], mixed.root, f"{way}-free")
     assert one["free"].history[2]["loss"] != one["plain"].history[2]["loss"]
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp2"])
+def test_free_running_over_rows_with_different_numbers_of_spans(one, two, mixed, way):
+    compare(one["hops"], mixed.root, f"{way}-hops")
+
+
+def test_the_gradient_through_fed_back_states_over_two_processes(one, two, mixed):
+    compare(one["through"], mixed.root, "ddp-through")
+    norms = [one[name].history[0]["grad_norm"] for name in ("through", "hops")]
+    assert norms[0] != pytest.approx(norms[1], rel=1e-3)
 
 
 @pytest.mark.parametrize("name", ["to-fsdp2", "to-ddp", "from-one"])

@@ -1,5 +1,7 @@
 """Rolled-out slots are the model's own fed-back states, as decoding would feed them."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -31,7 +33,8 @@ def rows(tiny):
     ]
 
 
-def rolled(model, batch, chosen):
+def laid_out(model, batch):
+    """What `roll_out` takes besides the model and the choice: ids, rope positions, visual tokens, layout."""
     layout = BatchLayout.from_batch(
         model.config,
         *(batch[k] for k in ("input_ids", "labels", "image_grid_thw", "boxes", "box_sample", "box_image")),
@@ -39,8 +42,125 @@ def rolled(model, batch, chosen):
     positions, _ = model.model.get_rope_index(
         batch["input_ids"], batch["mm_token_type_ids"], batch["image_grid_thw"], attention_mask=batch["attention_mask"]
     )
-    tokens = model.visual_tokens(batch["pixel_values"], batch["image_grid_thw"])
-    return roll_out(model, batch["input_ids"], positions, tokens, layout, torch.tensor(chosen))
+    tokens = model.visual_tokens(batch["pixel_values"].to(model.dtype), batch["image_grid_thw"])
+    return batch["input_ids"], positions, tokens, layout
+
+
+def rolled(model, batch, chosen, **settings):
+    return roll_out(model, *laid_out(model, batch), torch.tensor(chosen), **settings)
+
+
+def packed(model, batch):
+    """The same as one packed row."""
+    ids, positions, tokens, _ = laid_out(model, batch)
+    kept = batch["attention_mask"].bool()
+    bounds = torch.cat([torch.zeros(1, dtype=torch.long), kept.sum(1).cumsum(0)])
+    keys = ("image_grid_thw", "boxes", "box_sample", "box_image")
+    layout = BatchLayout.from_batch(model.config, ids[kept][None], None, *(batch[k] for k in keys), cu_seqlens=bounds)
+    return ids[kept][None], positions[:, kept][:, None], tokens, layout
+
+
+@pytest.fixture
+def talking(tiny):
+    """Up to four spans a row, over several images, with texts of different lengths between them."""
+
+    def row(images, boxes, gaps, question):
+        one = tiny.row(images, boxes, question)
+        ids = one.ids[: one.prompt]
+        for gap in gaps:
+            ids = ids + tiny.span() + [20 + gap + place for place in range(gap)]
+        ids.append(tiny.EOS)
+        labels = [-100] * one.prompt + ids[one.prompt :]
+        return SimpleNamespace(ids=ids, labels=labels, images=images, boxes=boxes, prompt=one.prompt)
+
+    box, other = (0.1, 0.1, 0.6, 0.9), (0.0, 0.3, 1.0, 1.0)
+    return [
+        row([(2, 3)], [(box, 0), (other, 0), (box, 0)], (0, 5, 1), (7, 8)),
+        row([(1, 2), (3, 2)], [(box, 1), (other, 0)], (3, 2), (3,)),
+        row([(2, 2)], [], (), (5, 6)),
+        row([(2, 2)], [(box, 0)] * 4, (0, 0, 0, 4), (6, 7, 8, 9)),
+        row([(3, 3)], [(other, 0)], (2,), (4,)),
+    ]
+
+
+def step_by_step(model, ids, positions, tokens, layout):
+    """The definition: every slot holds the state before it, and the whole prefix is computed for each of them."""
+    flat = list(model.embed(ids, tokens, layout).flatten(0, 1).unbind())
+    positions, slots = positions[-3:].flatten(1), layout.slot_index_BQ.tolist()
+    for sample, span in zip(layout.box_sample.tolist(), slots):
+        start = int(layout.starts[sample])
+        for slot in span:
+            prefix = torch.stack(flat[start:slot])[None]
+            flat[slot] = model.model.language_model(
+                inputs_embeds=prefix, position_ids=positions[:, None, start:slot], use_cache=False
+            ).last_hidden_state[0, -1]
+    return torch.stack([torch.stack([flat[slot] for slot in span]) for span in slots])
+
+
+@pytest.mark.parametrize("way", ["padded", "packed"])
+def test_states_are_those_of_the_prefix_computed_again_for_every_slot(tiny, talking, way):
+    model = tiny.model("stage2").double()
+    inputs = (laid_out if way == "padded" else packed)(model, tiny.batch(talking))
+    with torch.no_grad():
+        expected = step_by_step(model, *inputs)
+    states, free = roll_out(model, *inputs, torch.ones(5).bool())
+    assert free.all() and len(states) == 10 and not states.requires_grad
+    torch.testing.assert_close(states, expected, rtol=1e-9, atol=1e-9)
+    single = tiny.model("stage2")
+    states, _ = roll_out(single, *(laid_out if way == "padded" else packed)(single, tiny.batch(talking)),
+                         torch.ones(5).bool())  # fmt: skip
+    torch.testing.assert_close(states.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_each_token_is_computed_once(tiny, talking):
+    """A prefix once, then the texts between spans and the slots, in one call per text whatever its length."""
+    model, batch = tiny.model("stage2"), tiny.batch(talking)
+    inputs, lengths = laid_out(model, batch), []
+    model.model.language_model.register_forward_pre_hook(
+        lambda _, args, kwargs: lengths.append(tuple(kwargs["inputs_embeds"].shape[:2])), with_kwargs=True
+    )
+    roll_out(model, *inputs, torch.ones(5).bool())
+    prompts = [r.prompt + 1 for r in talking if r.boxes]
+    # After the last slot's state: <|lvr_end|>, the text, <|lvr_start|>.
+    rounds = [(4, max(prompts)), (3, 3 + 3), (2, 3 + 5), (1, 3)]
+    assert lengths == [call for rows, columns in rounds for call in [(rows, columns), (rows, 1), (rows, 1)]]
+
+
+def test_the_training_pass_has_the_gradient_through_the_fed_back_states(tiny, talking):
+    """Against a loop in which every slot's state is computed, in the graph, from those before it."""
+    model = tiny.model("stage1").double()
+    batch = tiny.batch(talking)
+    batch["pixel_values"] = batch["pixel_values"].double()
+    inputs = laid_out(model, batch)
+    everything = torch.ones(len(inputs[3].boxes)).bool()
+
+    def loss_and_gradients(states):
+        model.zero_grad()
+        loss = model(**batch, slot_inputs=states, free_running=everything).loss
+        loss.backward()
+        return loss.detach(), tiny.gradients(model)
+
+    loss, expected = loss_and_gradients(step_by_step(model, *inputs))
+    states, _ = roll_out(model, *inputs, torch.ones(5).bool(), backpropagate=True)
+    same_loss, gradients = loss_and_gradients(states)
+    torch.testing.assert_close(same_loss, loss, rtol=1e-9, atol=1e-9)
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        # The host's norms round to float32 inside, whatever the model's dtype.
+        torch.testing.assert_close(
+            gradient, expected[name], rtol=0, atol=1e-6 * float(expected[name].abs().max()), msg=name
+        )
+    fixed, _ = roll_out(model, *inputs, torch.ones(5).bool())
+    without = loss_and_gradients(fixed)[1]
+    name = "model.language_model.layers.0.self_attn.q_proj.weight"
+    assert not torch.allclose(without[name], expected[name], rtol=1e-2)
+
+
+def test_rows_that_are_not_rolled_out_have_no_part_in_the_chain(tiny, talking):
+    model, batch = tiny.model("stage1"), tiny.batch(talking)
+    states, free = rolled(model, batch, [False, True, False, False, True], backpropagate=True)
+    assert free.tolist() == [False] * 3 + [True] * 2 + [False] * 4 + [True]
+    assert states.requires_grad and (states[~free] == 0).all() and (states[free].abs().amax((1, 2)) > 0).all()
 
 
 def test_first_spans_equal_generate(tiny, rows):
@@ -84,43 +204,26 @@ def test_only_chosen_samples_are_rolled_out(tiny, rows):
 def test_packed_samples_roll_out_as_they_would_in_rows_of_their_own(tiny, rows):
     model, batch = tiny.model("stage2"), tiny.batch(rows)
     expected, _ = rolled(model, batch, [True] * 4)
-    lengths = batch["attention_mask"].sum(1)
-    positions, _ = model.model.get_rope_index(
-        batch["input_ids"], batch["mm_token_type_ids"], batch["image_grid_thw"], attention_mask=batch["attention_mask"]
-    )
-    kept = batch["attention_mask"].bool()
-    keys = ("image_grid_thw", "boxes", "box_sample", "box_image")
-    bounds = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)])
-    layout = BatchLayout.from_batch(
-        model.config, batch["input_ids"][kept][None], None, *(batch[k] for k in keys), cu_seqlens=bounds
-    )
-    tokens = model.visual_tokens(batch["pixel_values"], batch["image_grid_thw"])
-    states, free = roll_out(
-        model, batch["input_ids"][kept][None], positions[:, kept][:, None], tokens, layout, torch.ones(4).bool()
-    )
+    states, free = roll_out(model, *packed(model, batch), torch.ones(4).bool())
     assert free.all()
     torch.testing.assert_close(states, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_rounds_run_along_with_others_change_nothing(tiny, rows):
     model, batch = tiny.model("stage2"), tiny.batch(rows)
-    layout = BatchLayout.from_batch(
-        model.config,
-        *(batch[k] for k in ("input_ids", "labels", "image_grid_thw", "boxes", "box_sample", "box_image")),
-    )
-    chosen = torch.tensor([False, True, True, False])
+    inputs = laid_out(model, batch)
+    layout, chosen = inputs[-1], torch.tensor([False, True, True, False])
     assert rounds_needed(layout, chosen) == 1 and rounds_needed(layout, torch.ones(4).bool()) == 2
-    assert rounds_needed(layout, torch.tensor([False, True, False, False])) == 0
-    positions, _ = model.model.get_rope_index(
-        batch["input_ids"], batch["mm_token_type_ids"], batch["image_grid_thw"], attention_mask=batch["attention_mask"]
-    )
-    tokens = model.visual_tokens(batch["pixel_values"], batch["image_grid_thw"])
+    nobody = torch.tensor([False, True, False, False])
+    assert rounds_needed(layout, nobody) == 0
     calls = []
     model.model.language_model.register_forward_hook(lambda *_: calls.append(1))
-    alone, _ = roll_out(model, batch["input_ids"], positions, tokens, layout, chosen)
-    along, _ = roll_out(model, batch["input_ids"], positions, tokens, layout, chosen, rounds=3)
+    alone, _ = roll_out(model, *inputs, chosen)
+    along, _ = roll_out(model, *inputs, chosen, rounds=3)
     torch.testing.assert_close(alone, along)
-    assert len(calls) == (1 + 3) * tiny.SLOTS
+    none, free = roll_out(model, *inputs, nobody, rounds=2)
+    assert not none.any() and not free.any()
+    assert len(calls) == (1 + 3 + 2) * tiny.SLOTS
 
 
 def test_rolling_out_during_training_changes_nothing_else(tiny, rows):

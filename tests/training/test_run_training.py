@@ -172,12 +172,40 @@ def test_resuming_gives_the_weights_of_one_run(settings, workplace):
 
 def test_free_running_takes_part(settings, stage1):
     free = run_training(settings("stage1", "free", free_running={"maximum": 1.0, "start": 0.0, "end": 0.0}))
-    first, second = logged(free)[:2], logged(stage1)[:2]
-    assert first[0]["loss"] == second[0]["loss"]  # the share is zero at the start
-    assert first[1]["loss"] != second[1]["loss"]
+    late = run_training(settings("stage1", "late", free_running={"maximum": 1.0, "start": 0.2, "end": 0.2}))
+    first, second, third = (logged(result)[:2] for result in (free, late, stage1))
+    assert first[0]["loss"] != third[0]["loss"] and second[0]["loss"] == third[0]["loss"]
+    assert second[1]["loss"] != third[1]["loss"]
     assert not equal_weights(free.model, stage1.model)
     filler = settings("filler", "filler-free", free_running={"maximum": 1.0, "start": 0.0, "end": 0.0})
     assert run_training(filler).history  # no states to feed: the curriculum stays off
+
+
+def test_feedback_without_supervision_of_the_boxes(settings):
+    """Free from the first step and no alignment: only the gradient through the states reaches what makes them."""
+    change = {"objective": {"alignment_weight": 0.0}, "trainer": {"max_steps": 2}}
+    chain = {"maximum": 1.0, "start": 0.0, "end": 0.0, "backpropagate": True}
+    through = run_training(settings("stage1", "chain", free_running=chain, **change))
+    fixed = run_training(settings("stage1", "no_chain", free_running={**chain, "backpropagate": False}, **change))
+    rows = [logged(result) for result in (through, fixed)]
+    assert rows[0][0]["loss"] == pytest.approx(rows[1][0]["loss"]) == pytest.approx(rows[0][0]["cross_entropy"])
+    assert rows[0][0]["grad_norm"] != pytest.approx(rows[1][0]["grad_norm"], rel=1e-3)
+    assert not equal_weights(through.model, fixed.model)
+    teachers = [result.model.box_feature_resampler.queries for result in (through, fixed)]
+    assert torch.equal(*teachers)  # which takes no part
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"parallel": "fsdp2"}, "free_running.backpropagate: expected parallel=ddp .* got 'fsdp2'"),
+        ({"trainer": {"gradient_checkpointing": True}}, "free_running.backpropagate: .* gradient checkpointing drops"),
+    ],
+)
+def test_backpropagation_is_refused_where_it_cannot_work(settings, change, message):
+    free = {"maximum": 1.0, "start": 0.0, "end": 0.0, "backpropagate": True}
+    with pytest.raises(ConfigError, match=message):
+        run_training(settings("stage1", "refused", free_running=free, **change))
 
 
 def test_gradient_checkpointing_trains_the_same(settings, stage1):

@@ -168,5 +168,6 @@ def test_free_running_schedule():
     expected = {0.0: 0.0, 0.25: 0.0, 0.375: 0.2, 0.5: 0.4, 0.75: 0.8, 0.9: 0.8, 1.0: 0.8}
     assert {p: pytest.approx(ramp.share(p)) for p in expected} == expected
     jump = FreeRunningSettings(maximum=1.0, start=0.5, end=0.5)
-    assert (jump.share(0.5), jump.share(0.5001), jump.share(1.0)) == (0.0, 1.0, 1.0)
+    assert (jump.share(0.5), jump.share(0.5001), jump.share(1.0)) == (1.0, 1.0, 1.0)
+    assert jump.share(0.4999) == 0.0 and FreeRunningSettings(maximum=1.0, start=0.0, end=0.0).share(0.0) == 1.0
     assert all(FreeRunningSettings().share(p / 10) == 0 for p in range(11))

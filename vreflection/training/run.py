@@ -79,12 +79,28 @@ def check_start(settings: TrainSettings, parallel: str) -> None:
         raise ConfigError(f"lora: expected parallel=ddp (the base model is not sharded), got {parallel!r}")
     if settings.lora.rank and settings.dtype == "bfloat16" and not settings.trainer.get("bf16"):
         raise ConfigError("lora: adapters over bfloat16 weights need mixed precision; --set trainer.bf16=true")
+    if settings.free_running.backpropagate:
+        check_backpropagation(settings, parallel)
     if settings.gauges.every and not settings.data.held_out:
         raise ConfigError("gauges.every: needs held-out rows; --set data.held_out=64, or a file of such rows")
     if settings.gauges.maps_every and not (settings.data.held_out and STAGES[settings.stage].teacher):
         raise ConfigError(
             "gauges.maps_every: needs held-out rows (--set data.held_out=64, or a file of such rows) and a stage with "
             f"the teacher, got data.held_out={settings.data.held_out!r} and stage {settings.stage!r}"
+        )
+
+
+def check_backpropagation(settings: TrainSettings, parallel: str) -> None:
+    """The roll-out keeps a cache and all its activations, outside the wrapped model's own forward."""
+    if parallel != "ddp":
+        raise ConfigError(
+            f"free_running.backpropagate: expected parallel=ddp (a sharded model gathers its weights in its own "
+            f"forward and backward only), got {parallel!r}; --set free_running.backpropagate=false, or train on one GPU"
+        )
+    if settings.trainer.get("gradient_checkpointing"):
+        raise ConfigError(
+            "free_running.backpropagate: the roll-out feeds on its cache, which gradient checkpointing drops; "
+            "--set trainer.gradient_checkpointing=false, or --set free_running.backpropagate=false"
         )
 
 

@@ -78,12 +78,17 @@ class LatentSettings:
 class FreeRunningSettings:
     """Share of samples whose slots hold the model's own states: 0 until `start`, rising linearly to `maximum` at `end`.
 
-    `start` and `end` are fractions of all steps; `maximum` 0 turns the curriculum off.
+    `start` and `end` are fractions of all steps; `maximum` 0 turns the curriculum off. Both 0: from the first step on.
+
+    Attributes:
+        backpropagate: the gradient flows through the fed-back states to what made them. On one process, or under `ddp`,
+            without gradient checkpointing. With `objective.alignment_weight: 0` it is all that trains the latents.
     """
 
     maximum: float = 0.0
     start: float = 0.1
     end: float = 0.5
+    backpropagate: bool = False
 
     def __post_init__(self):
         if not 0 <= self.maximum <= 1 or not 0 <= self.start <= self.end <= 1:
@@ -91,9 +96,11 @@ class FreeRunningSettings:
 
     def share(self, progress: float) -> float:
         """Share at `progress` in [0, 1]."""
+        if progress >= self.end:
+            return self.maximum
         if progress <= self.start:
             return 0.0
-        return self.maximum * min(1.0, (progress - self.start) / max(self.end - self.start, 1e-9))
+        return self.maximum * (progress - self.start) / (self.end - self.start)
 
 
 @dataclass(frozen=True)

@@ -209,7 +209,7 @@ class LatentTrainer(CheckpointingTrainer, Trainer):
         if not rounds:
             return {}
         with self.accelerator.autocast():
-            return self.run_free(inputs, chosen, rounds)
+            return self.run_free(inputs, chosen, rounds, self.settings.free_running.backpropagate)
 
     def _clip_grad_norm(self, model):
         return whole(super()._clip_grad_norm(model))
