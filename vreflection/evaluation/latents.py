@@ -1,7 +1,11 @@
-"""What the latents carry and where they look: swaps, grounding in gold boxes, agreement with the teacher."""
+"""What the latents carry and where they look: swaps, grounding in gold boxes, agreement with the teacher.
+
+Shape suffixes: S spans of an answer, B boxes of a question, N latents per span, D width.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -16,22 +20,56 @@ from .questions import Decoded, expected_answer
 
 
 def stack_latents(decoded: Decoded, like: torch.Tensor) -> torch.Tensor:
-    """First-span latents `(questions, Q, D)`; zeros where a question opened no span."""
+    """Latents `(questions, S, N, D)` of answers with one number of spans; zeros where a question opened none."""
     return torch.stack([torch.zeros_like(like) if z is None else z for z in decoded.latents])
 
 
-def swap_partners(samples: Sequence[Sample]) -> list[int]:
-    """For each question another one with a different answer, cyclically; so a swapped answer can be recognised."""
-    count = len(samples)
-    answers = [expected_answer(sample) for sample in samples]
-    partners = []
-    for index in range(count):
-        different = (j % count for j in range(index + 1, index + count) if answers[j % count] != answers[index])
-        partner = next(different, None)
-        if partner is None:
-            raise ValueError("swapping latents needs questions with at least two different answers")
-        partners.append(partner)
+def partners_of(
+    answers: Sequence[str], images: Sequence[str], spans: Sequence[int], usable: Sequence[bool] | None = None
+) -> list[int | None]:
+    """For each usable question the next usable one, cyclically, with another answer, on another image, and with as many
+    spans; `None` where there is none. So a swapped answer can be recognised, and every span has its counterpart."""
+    count = len(answers)
+    usable = [True] * count if usable is None else usable
+
+    def fits(index: int, other: int) -> bool:
+        same_form = usable[other] and spans[other] == spans[index]
+        return same_form and answers[other] != answers[index] and images[other] != images[index]
+
+    partners: list[int | None] = [None] * count
+    for index in (i for i in range(count) if usable[i]):
+        after = ((index + step) % count for step in range(1, count))
+        partners[index] = next((other for other in after if fits(index, other)), None)
     return partners
+
+
+def swap_partners(samples: Sequence[Sample]) -> list[int]:
+    """For each question another one with another answer, on another image, with as many boxes; cyclically.
+
+    Raises:
+        ValueError: some question has none; `partners_of` leaves it out instead.
+    """
+    answers = [expected_answer(sample) for sample in samples]
+    images = ["|".join(map(str, sample.image_paths)) for sample in samples]
+    partners = partners_of(answers, images, [len(sample.boxes) for sample in samples])
+    if None in partners:
+        alone = samples[partners.index(None)]
+        raise ValueError(
+            f"swapping latents needs, for each question, one with another answer on another image and as many boxes; "
+            f"{alone.source} ({len(alone.boxes)} boxes) has none"
+        )
+    return partners  # pyright: ignore[reportReturnType]
+
+
+def partners_latents(decoded: Decoded, partners: Sequence[int | None]) -> list[torch.Tensor | None]:
+    """The partner's latents `(S, N, D)` per question, for `decode_answers`; zeros where the partner opened no span.
+
+    `None`, which leaves the question its own, where it has no partner.
+    """
+    gone_through = next((z for z in decoded.latents if z is not None), None)
+    zeros = None if gone_through is None else torch.zeros_like(gone_through[:1])
+    taken = [None if partner is None else (decoded.latents[partner], zeros) for partner in partners]
+    return [None if pair is None else pair[1] if pair[0] is None else pair[0] for pair in taken]
 
 
 def latent_shape(latents_BND: torch.Tensor) -> dict[str, list[float]]:
@@ -68,34 +106,86 @@ def effective_rank(rows: torch.Tensor) -> float:
     return float(torch.exp(-torch.xlogy(share, share).sum()))
 
 
-def grounding(maps: Sequence[torch.Tensor], boxes: Sequence[Sequence]) -> dict[str, float]:
-    """Attention inside gold boxes, averaged over questions.
+SpanMaps = torch.Tensor | list[torch.Tensor]  # (N, h, w) of one span, or of each of several
+
+
+def grounding(maps: Sequence[SpanMaps], boxes: Sequence[Sequence]) -> dict[str, float]:
+    """Attention inside gold boxes, averaged over questions, and over the spans of a question.
 
     Args:
-        maps: attention `(Q, h, w)` per question, rows summing to one; averaged over Q first.
-        boxes: per question one normalised box, or several whose tokens count together.
+        maps: per question, attention `(N, h, w)`, rows summing to one and averaged over N first; or a list of such, one
+            per span, for each of which only the box of its own number counts (spans beyond the boxes are left out).
+        boxes: per question one normalised box, or several, whose tokens count together where the maps are of one span.
 
     Returns:
         `mass`: share of attention on the box's tokens. `iou`: overlap of the box's tokens with as many top tokens.
-        `uniform`: share of the image the boxes cover, what even attention would get. `n`.
+        `uniform`: share of the image the boxes cover, what even attention would get. `n`: questions.
     """
-    mass, iou, uniform = [], [], []
-    for attention, box in zip(maps, boxes, strict=True):
-        mean = attention.float().mean(0).numpy()
-        inside = np.any([box_mask(one, *mean.shape) for one in np.atleast_2d(np.asarray(box))], axis=0)
-        size = int(inside.sum())
-        top = np.zeros(mean.size, dtype=bool)
-        top[np.argsort(mean.ravel())[::-1][:size]] = True
-        overlap = int((top.reshape(mean.shape) & inside).sum())
-        mass.append(float(mean[inside].sum()))
-        iou.append(overlap / (2 * size - overlap))
-        uniform.append(size / mean.size)
-    return {
-        "mass": float(np.mean(mass)),
-        "iou": float(np.mean(iou)),
-        "uniform": float(np.mean(uniform)),
-        "n": len(mass),
-    }
+    rows = []
+    for spans, box in zip(maps, boxes, strict=True):
+        all_boxes = np.atleast_2d(np.asarray(box, dtype=float))
+        if torch.is_tensor(spans):
+            pairs = [(spans, all_boxes)]
+        else:
+            pairs = [(attention, one[None]) for attention, one in zip(spans, all_boxes)]
+        if pairs:
+            rows.append(np.mean([box_attention(attention, each) for attention, each in pairs], axis=0))
+    mass, iou, uniform = map(float, np.mean(rows, axis=0)) if rows else (math.nan,) * 3
+    return {"mass": mass, "iou": iou, "uniform": uniform, "n": len(rows)}
+
+
+def box_attention(attention_NHW: torch.Tensor, boxes: Sequence | np.ndarray) -> tuple[float, float, float]:
+    """`mass`, `iou` and `uniform` of one span and the boxes `(B, 4)` together; see `grounding`."""
+    mean = attention_NHW.float().mean(0).numpy()
+    inside = np.any([box_mask(one, *mean.shape) for one in boxes], axis=0)
+    size = int(inside.sum())
+    top = np.zeros(mean.size, dtype=bool)
+    top[np.argsort(mean.ravel())[::-1][:size]] = True
+    overlap = int((top.reshape(mean.shape) & inside).sum())
+    return float(mean[inside].sum()), overlap / (2 * size - overlap), size / mean.size
+
+
+def hop_grounding(
+    maps: Sequence[Sequence[torch.Tensor] | None],
+    boxes: Sequence[Sequence],
+    candidates: Sequence[Sequence] | None = None,
+) -> list[dict[str, float | int | None]]:
+    """Where each span of a chain looks: entry j is about span j, whose box is number j.
+
+    Args:
+        maps: per question attention `(N, h, w)` per span, or `None` (no span was opened).
+        boxes: per question its boxes in the order of the spans.
+        candidates: per question what a span might look at instead, on the same image; default its other boxes.
+
+    Returns:
+        Per span: `mass`, `iou`, `uniform` as in `grounding` and `n`, the questions with such a span and box.
+        `right_box`: share of questions in which more attention lies in box j than in any other candidate; `chance`:
+        what guessing among them would get; `compared`: questions with another candidate at all.
+    """
+    spans: list[list[tuple[float, float, float]]] = []
+    guesses: list[list[tuple[bool, float]]] = []
+    for number, (own_maps, own_boxes) in enumerate(zip(maps, boxes, strict=True)):
+        rivals = np.asarray(own_boxes if candidates is None else candidates[number], dtype=float).reshape(-1, 4)
+        for span, (attention, box) in enumerate(zip(own_maps or (), np.asarray(own_boxes, dtype=float))):
+            if span == len(spans):
+                spans.append([])
+                guesses.append([])
+            looked = box_attention(attention, box[None])
+            spans[span].append(looked)
+            # Once each: a chain may come back to a box.
+            others = [other for other in np.unique(rivals, axis=0) if not np.array_equal(other, box)]
+            if others:
+                most = max(box_attention(attention, other[None])[0] for other in others)
+                guesses[span].append((looked[0] > most, 1 / (1 + len(others))))
+    table: list[dict[str, float | int | None]] = []
+    for looks, guessed in zip(spans, guesses):
+        right, chance = map(float, np.mean(guessed, axis=0)) if guessed else (None, None)
+        mass, iou, uniform = map(float, np.mean(looks, axis=0))
+        table.append(
+            {"mass": mass, "iou": iou, "uniform": uniform, "n": len(looks), "right_box": right, "chance": chance,
+             "compared": len(guessed)}
+        )  # fmt: skip
+    return table
 
 
 @torch.no_grad()
@@ -104,26 +194,32 @@ def free_running_maps(
     decoded: Decoded,
     samples: Sequence[Sample],
     cache: Mapping[str, ImageTokens],
-) -> list[torch.Tensor | None]:
-    """The student's attention `(Q, h, w)` from the probes of real decoding; `None` where no span was opened."""
-    maps: list[torch.Tensor | None] = []
+) -> list[list[torch.Tensor] | None]:
+    """The student's attention `(N, h, w)` per span from the probes of real decoding; `None` where none was opened.
+
+    A span looks at the image of the box of its number, one beyond the boxes at that of the last.
+    """
+    maps: list[list[torch.Tensor] | None] = []
     for sample, probes in zip(samples, decoded.probes, strict=True):
         if probes is None:
             maps.append(None)
             continue
-        tokens, grid = cache[sample.image_paths[0]]
-        grid_hw = [[int(grid[1]) // MERGE_SIZE, int(grid[2]) // MERGE_SIZE]]
-        _, found = model.student_resampler(
-            probes[None].to(model.device), tokens.to(model.device), grid_hw, [0], return_attention=True
-        )
-        maps.append(found[0].cpu())
+        images = [cache[path] for path in sample.image_paths]
+        grids = [[int(grid[1]) // MERGE_SIZE, int(grid[2]) // MERGE_SIZE] for _, grid in images]
+        of_box = [int(image) for image in sample.box_images] or [0]
+        of_span = [of_box[min(span, len(of_box) - 1)] for span in range(len(probes))]
+        tokens = torch.cat([tokens for tokens, _ in images]).to(model.device)
+        _, attention = model.student_resampler(
+            probes.to(model.device), tokens, grids, of_span, return_attention=True
+        )  # fmt: skip
+        maps.append([one.cpu() for one in attention])
     return maps
 
 
 def cosine_to_teacher(decoded: Decoded, teacher: Sequence[torch.Tensor]) -> float | None:
-    """Mean cosine of fed-back states and the teacher's latents, over slots of questions that opened a span."""
-    pairs = [(own, z) for own, z in zip(decoded.latents, teacher, strict=True) if own is not None]
+    """Mean cosine of fed-back states and the teacher's latents `(B, N, D)`, over the slots of all spans with a box."""
+    pairs = [(own[: len(z)], z[: len(own)]) for own, z in zip(decoded.latents, teacher, strict=True) if own is not None]
     if not pairs:
         return None
-    own, target = (torch.stack(side).float() for side in zip(*pairs))
+    own, target = (torch.cat(list(side)).float() for side in zip(*pairs))
     return float(torch.nn.functional.cosine_similarity(own, target, dim=-1).mean())

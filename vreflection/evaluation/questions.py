@@ -1,6 +1,6 @@
 """Ask a model questions in batches, by real decoding or with teacher latents in the slots.
 
-Shape suffixes: Q latents per span, D width.
+Shape suffixes: S spans of an answer, B boxes of a question, N latents per span, D width.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import count, islice
 
 import torch
 
@@ -44,16 +44,21 @@ class Decoded:
 
     Attributes:
         texts: decoded answers. answers: what stands in `<answer>`, or `None`.
-        latents, probes: `(Q, D)` of the first span, or `None` where no span was opened.
-        triggered: whether a span was opened. closed: whether `<|lvr_end|>` came right after it.
+        latents, probes: `(S, N, D)` of all spans, or `None` where none was gone through.
+        spans: how many spans were opened. closed: whether there is one, and `<|lvr_end|>` came right after each.
     """
 
     texts: list[str] = field(default_factory=list)
     answers: list[str | None] = field(default_factory=list)
     latents: list[torch.Tensor | None] = field(default_factory=list)
     probes: list[torch.Tensor | None] = field(default_factory=list)
-    triggered: list[bool] = field(default_factory=list)
+    spans: list[int] = field(default_factory=list)
     closed: list[bool] = field(default_factory=list)
+
+    @property
+    def triggered(self) -> list[bool]:
+        """Whether a span was opened."""
+        return [count > 0 for count in self.spans]
 
     def correct(self, samples: Sequence[Sample]) -> int:
         return sum(answer == expected_answer(s) for answer, s in zip(self.answers, samples, strict=True))
@@ -76,7 +81,7 @@ def decode_answers(
     samples: Sequence[Sample],
     cache: Mapping[str, ImageTokens] | None = None,
     *,
-    latents: torch.Tensor | None = None,
+    latents: torch.Tensor | Sequence[torch.Tensor | None] | None = None,
     batch_size: int = 128,
     max_new_tokens: int = 24,
     latent_mode: str = "clean",
@@ -86,7 +91,8 @@ def decode_answers(
     """Decode every question's answer greedily.
 
     Args:
-        latents: `(len(samples), Q, D)` states to consume instead of the model's own.
+        latents: per question the states to consume instead of the model's own: `(S, N, D)`, of which span j takes
+            number j modulo S, or `(N, D)` for every span, or `None`; or all of these stacked in one tensor.
         batch_size: questions decoded together; the next one starts when one has ended.
         settings: for `LatentDecoder.request`; `do_sample` is off unless given, whatever the checkpoint says.
     """
@@ -120,14 +126,12 @@ def note_row(result: Decoded, processor, ids: list[int], latent: list[bool], lat
     text = processor.decode([token for token, inside in zip(ids, latent, strict=True) if not inside])
     result.texts.append(text)
     result.answers.append(extract_answer(text))
-    has_span = len(latents) > 0
-    result.latents.append(latents[0] if has_span else None)
-    result.probes.append(probes[0] if has_span else None)
-    opened = special.lvr_start in ids
-    result.triggered.append(opened)
-    start = ids.index(special.lvr_start) + 1 if opened else len(ids)
-    following = next((token for token, inside in zip(ids[start:], latent[start:]) if not inside), None)
-    result.closed.append(following == special.lvr_end)
+    result.latents.append(latents if len(latents) else None)
+    result.probes.append(probes if len(probes) else None)
+    spoken = [token for token, inside in zip(ids, latent) if not inside]
+    starts = [place for place, token in enumerate(spoken) if token == special.lvr_start]
+    result.spans.append(len(starts))
+    result.closed.append(bool(starts) and all(spoken[s + 1 : s + 2] == [special.lvr_end] for s in starts))
 
 
 @dataclass
@@ -135,14 +139,14 @@ class TeacherForced:
     """Results with teacher latents in the slots and the right text so far, one entry per question.
 
     Attributes:
-        correct: whether every token after `<|lvr_end|>` is the arg-max. latents: teacher latents `(Q, D)`.
-        student_maps, teacher_maps: attention `(Q, h, w)` on the image; student maps only in stage 2.
+        correct: whether every token after the last `<|lvr_end|>` is the arg-max. latents: teacher latents `(B, N, D)`.
+        student_maps, teacher_maps: per box, attention `(N, h, w)` on its image; student maps only in stage 2.
     """
 
     correct: list[bool] = field(default_factory=list)
     latents: list[torch.Tensor] = field(default_factory=list)
-    student_maps: list[torch.Tensor] = field(default_factory=list)
-    teacher_maps: list[torch.Tensor] = field(default_factory=list)
+    student_maps: list[list[torch.Tensor]] = field(default_factory=list)
+    teacher_maps: list[list[torch.Tensor]] = field(default_factory=list)
 
 
 @torch.no_grad()
@@ -153,7 +157,7 @@ def teacher_forced(
     cache: Mapping[str, ImageTokens] | None = None,
     batch_size: int = 64,
 ) -> TeacherForced:
-    """Run the training forward on held-out questions (stages 1 and 2; one box per question)."""
+    """Run the training forward on held-out questions (stages 1 and 2)."""
     model.eval()
     result, collate = TeacherForced(), Collator(processor.token_ids.pad)
     slots = model.config.num_latent_tokens
@@ -171,13 +175,20 @@ def teacher_forced(
         result.correct += answers_right(output.logits, layout, batch["input_ids"], processor.token_ids.lvr_end)
         tokens = model.batch_tokens(batch.get("pixel_values"), batch.get("image_features"), batch["image_grid_thw"])
         teacher = model.teacher_view(tokens, layout)
-        result.latents += list(teacher.latents_BQD.cpu())
-        result.teacher_maps += [m.cpu() for m in teacher.plan.image_maps(teacher.maps_SQ)]
+        boxes = [len(samples[i].boxes) for i in rows]
+        result.latents += list(teacher.latents_BQD.cpu().split(boxes))
+        result.teacher_maps += in_groups([m.cpu() for m in teacher.plan.image_maps(teacher.maps_SQ)], boxes)
         if model.config.traits.student:
             hidden = output.last_hidden_state.flatten(0, 1)
             probes = hidden[layout.slot_index_BQ + model.objective.probe_offset]
-            result.student_maps += [m.cpu() for m in student_maps(model, probes, tokens, layout)]
+            result.student_maps += in_groups([m.cpu() for m in student_maps(model, probes, tokens, layout)], boxes)
     return result
+
+
+def in_groups(values: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[list[torch.Tensor]]:
+    """Neighbouring values in lists of these sizes."""
+    rest = iter(values)
+    return [list(islice(rest, size)) for size in sizes]
 
 
 def answers_right(logits, layout: BatchLayout, input_ids, lvr_end_id: int) -> list[bool]:
@@ -191,7 +202,7 @@ def answers_right(logits, layout: BatchLayout, input_ids, lvr_end_id: int) -> li
 
 
 def student_maps(model, probes_BQD, tokens, layout: BatchLayout) -> list[torch.Tensor]:
-    """The student's attention `(Q, h, w)` per box."""
+    """The student's attention `(N, h, w)` per box."""
     student = model.student_resampler
     _, maps = student(probes_BQD, tokens, layout.grids, layout.box_image, return_attention=True)
     return maps

@@ -157,19 +157,17 @@ class CachedPrefixes:
             inputs = torch.where(device_tensor(offset == 0, device)[..., None], self.last_RD[:, None], inputs)
         # Left-padded, so that every row's last token lies in the last column.
         z = self.consume(inputs, self.positions_3N[:, source], device_tensor(offset >= 0, device))
-        states = [z]
+        states, one_column = [z], torch.ones(len(z), 1, dtype=torch.bool, device=device)
         for slot in range(self.steps - 1):
             # A row without a span of its own has one position for all.
             index = device_tensor(slots_RQ[:, min(slot, slots_RQ.shape[1] - 1)], device)
-            z = self.consume(z[:, None], self.positions_3N[:, index, None], None)
+            z = self.consume(z[:, None], self.positions_3N[:, index, None], one_column)
             states.append(z)
         self.last_RD = z
         return torch.stack(states, dim=1)
 
-    def consume(self, inputs_RLD: torch.Tensor, positions_3RL: torch.Tensor, real_RL: torch.Tensor | None):
-        """The state `(R, D)` after the last column; `real_RL` says which columns are no padding, default all."""
-        if real_RL is None:
-            real_RL = torch.ones(inputs_RLD.shape[:2], dtype=torch.bool, device=inputs_RLD.device)
+    def consume(self, inputs_RLD: torch.Tensor, positions_3RL: torch.Tensor, real_RL: torch.Tensor) -> torch.Tensor:
+        """The state `(R, D)` after the last column; `real_RL` says which columns are no padding."""
         self.mask = real_RL.long() if self.mask is None else torch.cat([self.mask, real_RL.long()], dim=1)
         output = self.decoder(
             inputs_embeds=inputs_RLD,
