@@ -88,7 +88,40 @@ def server(serve):
         assert made.service.in_work == 0 and not made.service.decoder.busy
 
 
+def follow_script(decoder, processor, text):
+    """From now on a decoder's answers are this text, special tokens and all; what the latents hold stays its own."""
+    script = torch.tensor(processor.tokenizer.encode(text))
+
+    def pick(hidden_BD, needed, rows, plan, state):
+        return script[state.counted.clamp(max=len(script) - 1)]
+
+    decoder.step.pick = pick
+
+
+def hops(count, answer="<answer> 5 </answer>"):
+    """The text of an answer that opens so many spans."""
+    return "<|lvr_start|><|lvr_end|>" * count + f"\n{answer}<|im_end|>"
+
+
 @pytest.fixture(scope="session")
 def tools():
     """Builders of this file."""
-    return SimpleNamespace(picture=picture, user=user)
+    return SimpleNamespace(picture=picture, user=user, follow_script=follow_script, hops=hops)
+
+
+@pytest.fixture
+def hopping(serve, parts):
+    """`with hopping(3) as server`: answers open three spans, then say 5; with real maps."""
+    from vreflection.serving.launch import answer_maps
+
+    @contextlib.contextmanager
+    def start(count, text=None, seconds=0.0, **settings):
+        """`seconds`: that each step takes longer."""
+        with serve(maps=answer_maps(parts[0]), **{"default_tokens": 64, **settings}) as server:
+            decoder = server.service.decoder
+            follow_script(decoder, parts[1], hops(count) if text is None else text)
+            launch = decoder.launch
+            decoder.launch = lambda look_every: (time.sleep(seconds), launch(look_every))[1]
+            yield server
+
+    return start

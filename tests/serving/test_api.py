@@ -7,6 +7,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 
 httpx = pytest.importorskip("httpx")
 openai = pytest.importorskip("openai")
@@ -26,6 +27,8 @@ def alone(server, text="which?", images=(), **settings):
 
     service = server.service
     decoder = LatentDecoder(service.decoder.model, max_batch_size=1)
+    if "pick" in vars(service.decoder.step):  # it follows a script
+        decoder.step.pick = service.decoder.step.pick
     opened = [decode_image(image_bytes(url, service.settings, "x"), service.settings, "x") for url in images]
     encoded = encode_chat([ChatTurn("user", [None] * len(opened) + [text])], service.processor, opened)
     given = {"do_sample": False, "repetition_penalty": 1.0, "max_new_tokens": 12, "return_latents": True, **settings}
@@ -68,10 +71,9 @@ def test_a_stream_says_the_same_and_counts_latent_steps_where_asked(server, tool
     assert text == whole.choices[0].message.content
     assert chunks[-1].usage.model_dump() == whole.usage.model_dump() and not chunks[-1].choices
     assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
-    steps = [
-        chunk.choices[0].latent["step"] for chunk in chunks if chunk.choices and hasattr(chunk.choices[0], "latent")
-    ]
-    assert steps == list(range(1, whole.usage.latent_steps + 1))
+    events = [chunk.choices[0].latent for chunk in chunks if chunk.choices and hasattr(chunk.choices[0], "latent")]
+    total = whole.usage.latent_steps
+    assert events == [{"step": n + 1, "span": n // 3, "span_step": n % 3 + 1} for n in range(total)]
     plain = list(client(server).chat.completions.create(model="tiny", messages=[tools.user()], stream=True))
     assert not any(hasattr(chunk.choices[0], "latent") for chunk in plain)  # who does not ask sees clean text only
 
@@ -127,29 +129,65 @@ def test_conversations_and_system_turns_reach_the_prompt(server):
     assert answer.usage.prompt_tokens == len(encoded.input_ids)
 
 
+def unpacked(hidden):
+    return np.frombuffer(base64.b64decode(hidden["data"]), "<f4").reshape(hidden["shape"]).copy()
+
+
+def packed(values):
+    return {"data": base64.b64encode(values.numpy().astype("<f4").tobytes()).decode(), "shape": list(values.shape)}
+
+
 def test_latents_come_out_and_go_in(server, tools):
     """Fed back its own, an answer is what it was; with another's it is what the decoder makes of those."""
     ask = lambda image, **latent: client(server).chat.completions.create(  # noqa: E731
         model="tiny", messages=[tools.user("which?", image)], extra_body={"latent": {"force": True, **latent}}
     )
     first, second = (ask(tools.picture(seed), include=["hidden"]) for seed in (3, 4))
-    held = first.choices[0].latent["hidden"]
-    values = np.frombuffer(base64.b64decode(held["data"]), "<f4").reshape(held["shape"])
+    hidden = first.choices[0].latent["hidden"]
     expected = alone(server, images=[tools.picture(3)], force_latent=True)
-    np.testing.assert_allclose(values, expected.latents[0].numpy(), rtol=1e-4, atol=1e-4)
-    same = ask(tools.picture(3), use=held)
+    assert hidden["shape"] == list(expected.latents.shape)
+    np.testing.assert_allclose(unpacked(hidden), expected.latents.numpy(), rtol=1e-4, atol=1e-4)
+    same = ask(tools.picture(3), use=hidden)
     assert same.choices[0].message.content == first.choices[0].message.content
     swapped = ask(tools.picture(3), use=second.choices[0].latent["hidden"])
-    other = alone(server, images=[tools.picture(4)], force_latent=True).latents[0]
-    given = alone(server, images=[tools.picture(3)], force_latent=True, latents=other)
-    assert swapped.choices[0].message.content == text_of(server, given)
+    other = alone(server, images=[tools.picture(4)], force_latent=True).latents
+    direct = alone(server, images=[tools.picture(3)], force_latent=True, latents=other)
+    assert swapped.choices[0].message.content == text_of(server, direct)
+
+
+def test_latents_of_several_spans_come_out_and_go_in(hopping, tools):
+    with hopping(3) as server:
+        ask = lambda image, **latent: client(server).chat.completions.create(  # noqa: E731
+            model="tiny",
+            messages=[tools.user("which?", image)],
+            extra_body={"latent": {"include": ["hidden"], **latent}},
+        )
+        answer = ask(tools.picture(4))
+        assert answer.usage.latent_steps == 9 and answer.choices[0].message.content == "\n<answer> 5 </answer>"
+        values = torch.tensor(unpacked(answer.choices[0].latent["hidden"]))
+        assert values.shape == (3, 3, 64) and answer.choices[0].latent["spans"] == 3
+        np.testing.assert_allclose(values, alone(server, images=[tools.picture(4)]).latents, rtol=1e-4, atol=1e-4)
+        # All spans of another answer; its first for every span; its second for the second alone; the first two, packed
+        # together and apart.
+        first = values[0]
+        for use, latents in (
+            (packed(values), values),
+            (packed(first), first),
+            ([None, packed(values[1]), None], [None, values[1], None]),
+            (packed(values[:2]), values[:2]),
+            ([packed(values[:1]), packed(values[1])], values[:2]),
+        ):
+            swapped = unpacked(ask(tools.picture(3), use=use).choices[0].latent["hidden"])
+            direct = alone(server, images=[tools.picture(3)], latents=latents)
+            np.testing.assert_allclose(swapped, direct.latents, rtol=1e-4, atol=1e-4)
+            np.testing.assert_array_equal(swapped[1], first if latents is first else values[1])
 
 
 def test_maps_are_made_of_the_answer(serve, tools):
     seen = []
 
-    def maps(prompt, generation, box):
-        seen.append((len(prompt), len(generation.latents), box))
+    def maps(prompt, generation, boxes, first_span):
+        seen.append((len(prompt), len(generation.latents), boxes, first_span))
         return {"source": "test"}
 
     with serve(maps=maps) as server:
@@ -158,7 +196,8 @@ def test_maps_are_made_of_the_answer(serve, tools):
             extra_body={"latent": {"force": True, "include": ["maps"], "box": [0, 0, 0.5, 1]}},
         )  # fmt: skip
         assert answer.choices[0].latent["maps"] == {"source": "test"}
-        assert seen[0][0] == answer.usage.prompt_tokens and seen[0][2] == (0.0, 0.0, 0.5, 1.0)
+        ((length, spans, boxes, first_span),) = seen
+        assert length == answer.usage.prompt_tokens and boxes == [(0.0, 0.0, 0.5, 1.0)] * spans and first_span == 0
 
 
 PNG = "data:image/png;base64,"
@@ -188,7 +227,29 @@ PNG = "data:image/png;base64,"
         ({"latent": {"off": True, "steps": 3}}, 400, "expected off or steps"),
         ({"latent": {"include": ["maps"]}}, 400, "this server makes no maps"),
         ({"latent": {"use": {"data": "AAAA", "shape": [3, 64]}}}, 400, "latent.use: expected 768 bytes, got 3"),
-        ({"latent": {"use": {"data": "AAAA", "shape": [2, 64]}}}, 400, "latent.use: expected shape"),
+        (
+            {"latent": {"use": {"data": "AAAA", "shape": [2, 64]}}},
+            400,
+            "latent.use: expected shape (3, 64) or (spans, 3, 64) with 1 to 8 spans, got (2, 64)",
+        ),
+        (
+            {"latent": {"use": {"data": "AAAA", "shape": [0, 3, 64]}}},
+            400,
+            "or (spans, 3, 64) with 1 to 8 spans, got (0, 3, 64)",
+        ),
+        ({"latent": {"use": {"data": "AAAA", "shape": [2, 3, 64]}}}, 400, "latent.use: expected 1536 bytes, got 3"),
+        ({"latent": {"use": {"data": "AAAA", "shape": [3]}}}, 400, "latent.use"),
+        ({"latent": {"use": []}}, 400, "latent.use: expected 1 to 8 spans, got 0"),
+        ({"latent": {"use": [None] * 9}}, 400, "latent.use: expected 1 to 8 spans, got 9"),
+        ({"latent": {"boxes": []}}, 400, "latent.boxes: expected 1 to 8 boxes, one per span, got 0"),
+        ({"latent": {"boxes": [[0, 0, 1, 1]] * 9}}, 400, "latent.boxes: expected 1 to 8 boxes, one per span, got 9"),
+        ({"latent": {"boxes": [[0, 0, 1, 1]], "box": [0, 0, 1, 1]}}, 400, "expected box or boxes, got both"),
+        ({"latent": {"boxes": [[0, 0, 1]]}}, 400, "latent.boxes.0"),
+        (
+            {"messages": [{"role": "user", "content": "x"}], "max_tokens": 175},
+            400,
+            "175 new ones and 8 spans of 3 latent",
+        ),
         ({"latent": {"glow": 1}}, 400, "latent.glow: Extra inputs are not permitted"),
     ],
 )
@@ -372,30 +433,52 @@ def test_logs_carry_no_prompts_unless_asked(serve, tools, caplog):
         assert ("very secret question" in caplog.text) is asked
 
 
-def test_looks_come_as_soon_as_a_span_is_whole(serve, tools, parts):
-    """In the middle of a stream, from the real maps, and equal to those of the whole answer."""
-    from vreflection.serving.launch import answer_maps
-
-    with serve(maps=answer_maps(parts[0])) as server:
+def test_looks_come_as_soon_as_a_span_is_whole(hopping, tools):
+    """In the middle of a stream, span by span, from the real maps, and together those of the whole answer."""
+    with hopping(3, seconds=0.03) as server:
         given = {"model": "tiny", "messages": [tools.user("which?", tools.picture(3))]}
-        latent = {"latent": {"force": True, "include": ["maps", "hidden"], "box": [0, 0, 0.5, 1]}}
+        boxes = [[0, 0, 0.5, 1], [0.4, 0, 1, 1]]  # by the window rule the first two and the last two columns of three
+        latent = {"latent": {"include": ["maps", "hidden"], "boxes": boxes}}
         whole = client(server).chat.completions.create(**given, extra_body=latent)
         found = whole.choices[0].latent
         (image,) = found["maps"]["images"]
         assert image["grid"] == [2, 3] and found["maps"]["source"] == "student" and len(image["steps"]) >= 3
-        for step, inside in zip(image["steps"], found["maps"]["inside"], strict=True):
+        count = len(image["steps"])
+        assert count == 9 and found["maps"]["span"] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+        assert found["steps"] == whole.usage.latent_steps == 9 and found["spans"] == 3
+        for step, span, inside in zip(image["steps"], found["maps"]["span"], found["maps"]["inside"], strict=True):
             assert sum(step) == pytest.approx(1, abs=1e-4)
-            assert inside == pytest.approx(sum(step[0:2]) + sum(step[3:5]), abs=1e-4)  # the window rule: two columns
+            if span < 2:
+                assert inside == pytest.approx(sum(np.reshape(step, (2, 3))[:, span : span + 2].flat), abs=1e-4)
+            else:
+                assert inside is None
+        one = client(server).chat.completions.create(
+            **given, extra_body={"latent": {"include": ["maps"], "box": boxes[0]}}
+        )
+        for step, inside in zip(image["steps"], one.choices[0].latent["maps"]["inside"], strict=True):
+            assert inside == pytest.approx(sum(step[0:2]) + sum(step[3:5]), abs=1e-4)
         chunks = list(client(server).chat.completions.create(**given, stream=True, extra_body=latent))
         places = [n for n, chunk in enumerate(chunks) if "maps" in (getattr(chunk.choices[0], "latent", None) or {})]
-        assert len(places) == 1
-        early = chunks[places[0]].choices[0].latent
-        held, now = (np.frombuffer(base64.b64decode(one["hidden"]["data"]), "<f4") for one in (found, early))
-        np.testing.assert_allclose(now, held, rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(early["maps"]["images"][0]["steps"][:3], image["steps"][:3], atol=1e-5)
-        bad = {"latent": {**latent["latent"], "box": [0.5, 0, 0.5, 1]}}
-        with pytest.raises(openai.BadRequestError, match="latent.box: .*expected x0,y0,x1,y1"):
-            client(server).chat.completions.create(**given, extra_body=bad)
+        assert len(places) == 3
+        parts_sent = [chunks[place].choices[0].latent for place in places]
+        together = np.concatenate([unpacked(part["hidden"]) for part in parts_sent])
+        np.testing.assert_allclose(together, unpacked(found["hidden"]), rtol=1e-4, atol=1e-5)
+        for name in ("span", "inside"):
+            values = [value for part in parts_sent for value in part["maps"][name]]
+            assert values == pytest.approx(found["maps"][name], abs=1e-5)
+        steps = [step for part in parts_sent for step in part["maps"]["images"][0]["steps"]]
+        np.testing.assert_allclose(steps, image["steps"], atol=1e-5)
+        assert [part["spans"] for part in parts_sent] == [1, 2, 3]
+        events = [getattr(chunk.choices[0], "latent", None) for chunk in chunks]
+        steps = [event for event in events if event and "step" in event]
+        assert steps == [{"step": n + 1, "span": n // 3, "span_step": n % 3 + 1} for n in range(9)]
+        # A span's looks come before the next one's last step.
+        for span, place in enumerate(places[:2]):
+            assert place < events.index(steps[3 * span + 5])
+        for bad, param in (({"box": [0.5, 0, 0.5, 1]}, "box"), ({"boxes": [boxes[0], [0.5, 0, 0.5, 1]]}, "boxes")):
+            asked = {"latent": {"force": True, "include": ["maps"], **bad}}
+            with pytest.raises(openai.BadRequestError, match=f"latent.{param}: .*expected x0,y0,x1,y1"):
+                client(server).chat.completions.create(**given, extra_body=asked)
         text = client(server).chat.completions.create(model="tiny", messages=[tools.user()], extra_body=latent)
         assert "maps" not in text.choices[0].latent  # nothing to look at
 

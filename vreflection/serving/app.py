@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 from importlib import resources
 from typing import Any
 
@@ -16,7 +17,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from .._version import __version__
-from .chat import ChatService, Choice, Job, usage
+from .chat import ChatService, Choice, Job, SpanEnd, TextPiece, usage
 from .errors import ApiError
 from .guards import OPEN_PATHS, Guards
 from .metrics import Metrics
@@ -38,7 +39,7 @@ def create_app(service: ChatService, settings: ServeSettings, examples: list[dic
     """The application of one service. Starts and stops the service's worker with it.
 
     Args:
-        examples: for the page: `{"title", "question", "image": data address, "box"}`.
+        examples: for the page: `{"title", "question", "image": data address, "boxes"}`, the boxes in hop order.
     """
     worker = service.worker
     metrics = Metrics(lambda: service.in_work, lambda: len(worker.decoder.rows))
@@ -173,7 +174,7 @@ async def collected(service: ChatService, job: Job) -> dict[str, Any]:
     """The whole answer as one object."""
 
     async def one(choice: Choice) -> dict[str, Any]:
-        text = "".join([piece async for kind, piece in service.pieces(job, choice) if kind == "text"])
+        text = "".join([event.text async for event in service.events(job, choice) if isinstance(event, TextPiece)])
         made = {
             "index": choice.index,
             "message": {"role": "assistant", "content": text, "refusal": None},
@@ -210,15 +211,15 @@ async def streamed(service: ChatService, job: Job, with_usage: bool) -> AsyncIte
         try:
             chunks.put_nowait(chunk(choice, {"role": "assistant", "content": ""}))
             shows = job.request.latent is not None
-            async for kind, piece in service.pieces(job, choice):
-                if kind == "text":
-                    chunks.put_nowait(chunk(choice, {"content": piece}))
-                elif kind == "span":
+            async for event in service.events(job, choice):
+                if isinstance(event, TextPiece):
+                    chunks.put_nowait(chunk(choice, {"content": event.text}))
+                elif isinstance(event, SpanEnd):
                     looks = await service.details(job, choice, so_far=True)
                     if looks is not None:
                         chunks.put_nowait(chunk(choice, {}, latent=looks))
                 elif shows:
-                    chunks.put_nowait(chunk(choice, {}, latent={"step": int(piece)}))
+                    chunks.put_nowait(chunk(choice, {}, latent=asdict(event)))
             details = await service.details(job, choice)
             more = {} if details is None else {"latent": details}
             chunks.put_nowait(chunk(choice, {}, choice.finish, **more))

@@ -10,7 +10,7 @@ import time
 import uuid
 import warnings
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -24,13 +24,37 @@ from ..engine.requests import Emitted, Generation, Prompt, Request
 from ..errors import ConfigError, DataError
 from .errors import ApiError, bad, overloaded
 from .media import decode_image, image_bytes
-from .schema import ChatRequest, Hidden, LatentField
+from .schema import Box, ChatRequest, Hidden, LatentField
 from .settings import ServeSettings
 from .text_stream import TextStream
 from .worker import Worker
 
 FINISH = {"eos": "stop", "max_new_tokens": "length", "max_length": "length"}
-Maps = Callable[[Prompt, Generation, Any], dict[str, Any]]
+# Maps of an answer's spans from a number on; box j belongs to span j.
+Maps = Callable[[Prompt, Generation, Sequence[Box], int], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class TextPiece:
+    """More of an answer's text."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class LatentStep:
+    """A latent step was taken: the answer's `step`-th, and the `span_step`-th of span number `span`, from 0."""
+
+    step: int
+    span: int
+    span_step: int
+
+
+@dataclass(frozen=True)
+class SpanEnd:
+    """A span is whole, and the answer goes on."""
+
+    span: int
 
 
 @dataclass
@@ -46,8 +70,9 @@ class Choice:
     finish: str | None = None
     steps: int = 0
     tokens: int = 0
-    in_span: bool = False
-    shown: bool = False  # its looks were sent while it went on
+    spans: int = 0  # that have begun
+    span_steps: int = 0  # of the open span, 0 outside
+    sent_spans: int = 0  # whose maps and latents were sent while the answer went on
 
 
 @dataclass
@@ -110,14 +135,16 @@ class ChatService:
         settings = self.sampling(asked)
         latent = self.latent_settings(asked.latent or LatentField())
         prompt = self.prompt(asked)
-        room = self.settings.max_length - len(prompt) - latent["latent_steps"]
-        given = asked.max_completion_tokens or asked.max_tokens
-        tokens = given or min(self.settings.default_tokens, max(room, 1))
+        room, steps = self.settings.max_length - len(prompt), latent["latent_steps"]
+        wanted = asked.max_completion_tokens or asked.max_tokens
+        tokens = wanted or min(self.settings.default_tokens, max(room - self.settings.spans * steps, 1))
+        # A span's beginning and end are tokens of the answer.
+        spans = min(self.settings.spans, -(-tokens // 2)) if steps else 0
         if tokens > self.settings.max_tokens:
             raise bad(f"max_tokens: expected at most {self.settings.max_tokens}, got {tokens}", "max_tokens")
-        if room < tokens:
+        if room < tokens + spans * steps:
             raise bad(
-                f"messages: the prompt's {len(prompt)} tokens, {tokens} new ones and {latent['latent_steps']} latent "
+                f"messages: the prompt's {len(prompt)} tokens, {tokens} new ones and {spans} spans of {steps} latent "
                 f"steps do not fit into {self.settings.max_length}; shorten the prompt or lower max_tokens",
                 "messages", "context_length_exceeded",
             )  # fmt: skip
@@ -169,24 +196,47 @@ class ChatService:
             raise bad("latent.force: this checkpoint has no latent steps; leave it out", "latent.force")
         if "maps" in asked.include and self.maps is None:
             raise bad("latent.include: this server makes no maps", "latent.include")
+        if asked.box is not None and asked.boxes is not None:
+            raise bad("latent.boxes: expected box or boxes, got both", "latent.boxes")
+        if asked.boxes is not None and not 0 < len(asked.boxes) <= self.settings.spans:
+            raise bad(
+                f"latent.boxes: expected 1 to {self.settings.spans} boxes, one per span, got {len(asked.boxes)}",
+                "latent.boxes",
+            )
         settings: dict[str, Any] = {"latent_steps": steps, "force_latent": asked.force}
         if asked.include:
             settings["return_latents"] = True
         if asked.use is not None:
-            settings["latents"] = self.given_latents(asked.use, steps)
+            settings["latents"] = self.span_latents(asked.use, steps)
         return settings
 
-    def given_latents(self, given: Hidden, steps: int) -> torch.Tensor:
+    def span_latents(self, use: Hidden | list[Hidden | None], steps: int) -> list[torch.Tensor | None]:
+        """Latents per span, None for the model's own, as `LatentDecoder.request` takes them."""
+        spans: list[torch.Tensor | None] = []
+        for states in use if isinstance(use, list) else [use]:
+            spans += [None] if states is None else self.unpacked(states, steps)
+        if not 0 < len(spans) <= self.settings.spans:
+            raise bad(f"latent.use: expected 1 to {self.settings.spans} spans, got {len(spans)}", "latent.use")
+        return spans
+
+    def unpacked(self, states: Hidden, steps: int) -> torch.Tensor:
+        """`(spans, steps, width)`."""
         width = self.config.hidden_width
-        if given.shape != (steps, width) or not steps:
-            raise bad(f"latent.use: expected shape ({steps}, {width}), got {given.shape}", "latent.use")
+        spans = states.shape[0] if len(states.shape) == 3 else 1
+        if states.shape[-2:] != [steps, width] or not steps or not 0 < spans <= self.settings.spans:
+            raise bad(
+                f"latent.use: expected shape ({steps}, {width}) or (spans, {steps}, {width}) with 1 to "
+                f"{self.settings.spans} spans, got {tuple(states.shape)}",
+                "latent.use",
+            )
+        size = 4 * spans * steps * width
         try:
-            raw = base64.b64decode(given.data, validate=True)
+            raw = base64.b64decode(states.data, validate=True)
         except ValueError as error:
             raise bad(f"latent.use: expected base64, got {error}", "latent.use") from None
-        if len(raw) != 4 * steps * width:
-            raise bad(f"latent.use: expected {4 * steps * width} bytes, got {len(raw)}", "latent.use")
-        values = np.frombuffer(raw, dtype="<f4").reshape(steps, width)
+        if len(raw) != size:
+            raise bad(f"latent.use: expected {size} bytes, got {len(raw)}", "latent.use")
+        values = np.frombuffer(raw, dtype="<f4").reshape(spans, steps, width)
         if not np.isfinite(values).all():
             raise bad("latent.use: expected finite numbers", "latent.use")
         return torch.from_numpy(values.copy())
@@ -238,23 +288,24 @@ class ChatService:
             if choice.ticket is not None and choice.done is None:
                 self.worker.cancel(choice.ticket)
 
-    async def pieces(self, job: Job, choice: Choice) -> AsyncIterator[tuple[str, str]]:
-        """What a choice emits: `("text", piece)`, `("latent", step)`, `("span", "")` after one; until it is whole."""
+    async def events(self, job: Job, choice: Choice) -> AsyncIterator[TextPiece | LatentStep | SpanEnd]:
+        """What a choice emits until it is whole."""
         while choice.finish is None:
             event: Emitted = await choice.queue.get()
             if job.first is None:
                 job.first = time.monotonic()
             ended = event.generation
             if event.token >= 0 and event.latent:
-                choice.steps, choice.in_span = choice.steps + 1, True
-                yield "latent", str(choice.steps)
+                choice.spans += not choice.span_steps
+                choice.steps, choice.span_steps = choice.steps + 1, choice.span_steps + 1
+                yield LatentStep(choice.steps, choice.spans - 1, choice.span_steps)
             elif event.token >= 0:
                 choice.tokens += 1
-                if choice.in_span and ended is None:
-                    yield "span", ""
-                choice.in_span = False
+                if choice.span_steps and ended is None:
+                    yield SpanEnd(choice.spans - 1)
+                choice.span_steps = 0
                 if piece := choice.text.push(event.token):
-                    yield "text", piece
+                    yield TextPiece(piece)
             if choice.text.stopped and choice.done is None and ended is None:
                 self.worker.cancel(choice.ticket)  # pyright: ignore[reportArgumentType]
                 ended = await self._cancelled(choice)
@@ -263,7 +314,7 @@ class ChatService:
                 choice.done, piece = ended, choice.text.finish()
                 choice.finish = "stop" if choice.text.stopped else self._finish(ended)
                 if piece:
-                    yield "text", piece
+                    yield TextPiece(piece)
 
     async def _cancelled(self, choice: Choice) -> Generation:
         """The answer of a choice that was cut at a stop text; what came after is not counted."""
@@ -281,29 +332,43 @@ class ChatService:
         return FINISH[ended.finish_reason or "eos"]
 
     async def details(self, job: Job, choice: Choice, so_far: bool = False) -> dict[str, Any] | None:
-        """What the request's `latent.include` asked for; `so_far` of an answer that goes on, if it still does."""
+        """What the request's `latent.include` asked for, of the spans that are whole and have not been sent.
+
+        Args:
+            so_far: of an answer that goes on, if it still does.
+
+        Returns:
+            None where nothing is left to send.
+        """
         asked = job.request.latent or LatentField()
-        if not asked.include or choice.shown:
+        if not asked.include:
             return None
+        first = choice.sent_spans
 
         def make() -> dict[str, Any] | None:
             answer = self._so_far(choice) if so_far else choice.done
             if answer is None:
                 return None
-            made: dict[str, Any] = {"steps": choice.steps}
-            if "hidden" in asked.include and answer.latents is not None and len(answer.latents):
-                made["hidden"] = packed(answer.latents[0])
+            spans = 0 if answer.latents is None else len(answer.latents)
+            if first == spans and (so_far or first):
+                return None
+            made: dict[str, Any] = {"steps": choice.steps, "spans": spans}
+            if "hidden" in asked.include and answer.latents is not None and spans:
+                made["hidden"] = packed(answer.latents[first:])
             if "maps" in asked.include and self.maps is not None and job.prompt.image_grid_thw is not None:
                 tokens = self.decoder.prefill.features.of([job.prompt])[0]
                 seen = replace(job.prompt, pixel_values=None, image_features=tokens)
-                made["maps"] = self.maps(seen, answer, asked.box)
+                boxes = asked.boxes or ([] if asked.box is None else [asked.box] * max(spans, 1))
+                made["maps"] = self.maps(seen, answer, boxes, first)
             return made
 
         try:
             made = await asyncio.wrap_future(self.worker.call(make))
         except DataError as error:
-            raise bad(f"latent.box: {error.message}", "latent.box") from None
-        choice.shown = so_far and made is not None
+            param = "latent.box" if asked.boxes is None else "latent.boxes"
+            raise bad(f"{param}: {error.message}", param) from None
+        if so_far and made is not None:
+            choice.sent_spans = made["spans"]
         return made
 
     def _so_far(self, choice: Choice) -> Generation | None:

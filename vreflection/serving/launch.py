@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from ..model.modeling import VReflectionForConditionalGeneration
 from ..model.processor import VReflectionProcessor
 from ..model.weight_files import DTYPES
 from .chat import Maps
+from .schema import Box
 
 logger = logging.getLogger(__name__)
 
@@ -44,18 +46,21 @@ def answer_maps(model: VReflectionForConditionalGeneration) -> Maps | None:
         return None
     from ..visualization.attention_maps import maps_of
 
-    def maps(prompt: Prompt, generation: Generation, box: tuple[float, float, float, float] | None) -> dict[str, Any]:
-        looks = maps_of(model, prompt, generation, boxes=() if box is None else (box,))
+    def maps(prompt: Prompt, generation: Generation, boxes: Sequence[Box], first_span: int = 0) -> dict[str, Any]:
+        looks = maps_of(model, prompt, generation, boxes=boxes, teacher=False)
+        steps = [step for step, span in enumerate(looks.span) if span >= first_span]
+        inside = looks.in_own_box() if boxes else None
         return {
             "source": looks.attention.source,
+            "span": [looks.span[step] for step in steps],
             "images": [
                 {
                     "grid": list(image.shape[1:]),
-                    "steps": [[round(v, 6) for v in step.flatten().tolist()] for step in image],
+                    "steps": [[round(v, 6) for v in image[step].flatten().tolist()] for step in steps],
                 }
                 for image in looks.maps
             ],
-            "inside": None if box is None else looks.in_box(),
+            "inside": None if inside is None else [inside[step] for step in steps],
         }
 
     return maps

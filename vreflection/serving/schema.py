@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -20,6 +20,10 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "functions": ([],), "function_call": ("none", "auto"), "modalities": (["text"],), "best_of": (1,), "min_p": (0,),
     "reasoning_effort": ("none",), "echo": (False,),
 }  # fmt: skip
+
+
+# A JSON list, although strict models take no list for a tuple.
+Box = Annotated[tuple[float, float, float, float], Field(strict=False)]
 
 
 class Strict(BaseModel):
@@ -49,25 +53,27 @@ class Message(BaseModel):
 
 
 class Hidden(Strict):
-    """Latents as bytes: float32, little-endian, base64, `(steps, width)` row by row."""
+    """Latents as bytes: float32, little-endian, base64, `(spans, steps, width)` row by row, or one span's alone."""
 
     data: str
-    shape: tuple[int, int] = Field(strict=False)
+    shape: list[int] = Field(min_length=2, max_length=3)
 
 
 class LatentField(Strict):
     """What to do with the latent steps.
 
     `steps` per span, 0 for none (`off` is the same); `force` opens a span before the first token; `use` feeds these
-    latents to the slots instead of the model's own; `include` asks for `maps` of attention and `hidden` states.
+    latents to the slots instead of the model's own, in a list span by span, with null for the model's own; `include`
+    asks for `maps` of attention and `hidden` states; `box` belongs to every span, `boxes` one by one to the spans.
     """
 
     steps: int | None = Field(default=None, ge=0)
     off: bool = False
     force: bool = False
-    use: Hidden | None = None
+    use: Hidden | list[Hidden | None] | None = None
     include: list[Literal["maps", "hidden"]] = []
-    box: tuple[float, float, float, float] | None = Field(default=None, strict=False)
+    box: Box | None = None
+    boxes: list[Box] | None = None
 
 
 class StreamOptions(BaseModel):

@@ -20,6 +20,7 @@ class ServeSettings:
         max_length: tokens of prompt and answer, latents included. default_tokens, max_tokens: of an answer.
         max_body: bytes of a request. max_images: per request. max_pixels: per image, before it is resized.
         image_cache: bytes of images kept as patches. max_choices: `n` of a request. max_stops: stop texts of a request.
+        spans: latent spans that an answer has room for beside its tokens, and that a request may say something about.
         other_latent_steps: allow numbers of latent steps the checkpoint was not trained with, up to `max_latent_steps`.
         remote_images: fetch http(s) image addresses; private and loopback targets and redirects never.
         fetch_seconds: for one of them. drain_seconds: for running answers when told to stop.
@@ -41,6 +42,7 @@ class ServeSettings:
     image_cache: int = 256 * 2**20
     max_choices: int = 8
     max_stops: int = 4
+    spans: int = 8
     other_latent_steps: bool = False
     max_latent_steps: int = 64
     remote_images: bool = False
@@ -57,6 +59,7 @@ class ServeSettings:
             "max_body",
             "max_pixels",
             "max_choices",
+            "spans",
         ):
             if getattr(self, field) < 1:
                 raise ConfigError(f"{field}: expected at least 1, got {getattr(self, field)}")

@@ -124,6 +124,11 @@ class Looks:
         """Per step, share of the attention inside a given box: on the tokens it covers under the window rule."""
         return share_in_box(self.maps[self.box_images[box]], self.boxes[box])
 
+    def in_own_box(self) -> list[float | None]:
+        """Per step, share of the attention inside the box of its span: box j belongs to span j. None without one."""
+        shares = [self.in_box(box) for box in range(len(self.boxes))]
+        return [shares[span][step] if span < len(shares) else None for step, span in enumerate(self.span)]
+
     def boxes_of(self, image: int) -> list[Box]:
         return [box for box, place in zip(self.boxes, self.box_images) if place == image]
 
@@ -219,6 +224,7 @@ def maps_of(
     attention: Attention | None = None,
     boxes: Sequence[Sequence[float]] = (),
     box_images: Sequence[int] | None = None,
+    teacher: bool = True,
 ) -> Looks:
     """Maps of a finished answer.
 
@@ -230,7 +236,7 @@ def maps_of(
         generation: decoded with `return_latents=True` and without `hide_images`.
         processor: makes `Looks.answer` where the generation carries no text.
         boxes: `x0, y0, x1, y1` as fractions, for shares and the teacher. box_images: the image each lies in; default
-            the first.
+            the first. teacher: whether to make the teacher's maps of the boxes.
 
     Raises:
         ConfigError: an attention this model does not have. DataError: a box that is none.
@@ -256,7 +262,7 @@ def maps_of(
             maps = _student_maps(model, tokens_TD, grids, generation, slots)
         else:
             maps, mass = _language_maps(model, embeds_LD, positions_3L, image, grids, generation, slots, attention)
-        teacher = _teacher_maps(model, tokens_TD, grids, given, places) if given else None
+        teacher_maps = _teacher_maps(model, tokens_TD, grids, given, places) if given and teacher else None
     text = generation.text
     if text is None:
         shown = [token for token, inside in zip(generation.tokens, generation.latent) if not inside]
@@ -265,7 +271,7 @@ def maps_of(
     latents = torch.zeros(0, model.config.hidden_width) if generation.latents is None else generation.latents
     return Looks(
         attention, text, generation, maps, tuple(number // steps for number in range(len(slots))),
-        latents.reshape(-1, latents.shape[-1]).float().cpu(), mass, given, places, teacher,
+        latents.reshape(-1, latents.shape[-1]).float().cpu(), mass, given, places, teacher_maps,
     )  # fmt: skip
 
 
