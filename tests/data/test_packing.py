@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vreflection.data.packing import BatchPlan, RankBatches, best_fit, packing_report
+from vreflection.data.packing import BatchPlan, RankBatches, best_fit, next_fit, packing_report
 from vreflection.errors import ConfigError
 
 
@@ -30,9 +30,20 @@ def test_best_fit_places_everything_once_within_the_budget(lengths, budget):
         assert len(packs) <= max(1, 2 * -(-sum(lengths) // budget))
 
 
-def test_an_item_over_the_budget_is_refused():
+@given(st.lists(st.integers(1, 50), max_size=60), st.integers(50, 120))
+@settings(max_examples=150, deadline=None)
+def test_next_fit_keeps_the_order_and_closes_a_pack_only_when_the_next_does_not_fit(lengths, budget):
+    packs = next_fit(lengths, budget)
+    assert [item for pack in packs for item in pack] == list(range(len(lengths)))
+    sizes = [sum(lengths[item] for item in pack) for pack in packs]
+    assert all(0 < size <= budget for size in sizes)
+    assert all(size + lengths[after[0]] > budget for size, after in zip(sizes, packs[1:]))
+
+
+@pytest.mark.parametrize("fit", [best_fit, next_fit])
+def test_an_item_over_the_budget_is_refused(fit):
     with pytest.raises(ValueError, match="at most 10 tokens, got one of 11"):
-        best_fit([3, 11], 10)
+        fit([3, 11], 10)
 
 
 def plan(count=500, **kwargs):
@@ -73,8 +84,27 @@ def test_shuffles_differ_by_epoch_and_seed_and_repeat_with_the_same_seed():
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_ranks_share_each_step_however_it_is_split(packed):
-    made = plan(budget=8192 if packed else None, lengths=public_lengths(500) if packed else None, batch_size=3)
+def test_without_shuffling_every_epoch_is_in_file_order(packed):
+    lengths = public_lengths(500) if packed else None
+    made = plan(budget=8192 if packed else None, lengths=lengths, batch_size=7, shuffle=False)
+    stream = []
+    for _, batch in made.batches():
+        if len(stream) >= 1200:
+            break
+        stream += batch
+    assert stream[:1000] == made.indices.tolist() * 2
+    other = plan(budget=8192 if packed else None, lengths=lengths, batch_size=7, shuffle=False, seed=4)
+    assert [batch for _, batch in islice(made.batches(), 90)] == [batch for _, batch in islice(other.batches(), 90)]
+    if packed:
+        epochs = [epoch for epoch, _ in islice(made.batches(), 200)]
+        assert epochs == sorted(epochs) and packing_report(made).packed > 0.75
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("packed", [False, True])
+def test_ranks_share_each_step_however_it_is_split(packed, shuffle):
+    lengths = public_lengths(500) if packed else None
+    made = plan(budget=8192 if packed else None, lengths=lengths, batch_size=3, shuffle=shuffle)
     whole = list(RankBatches(made, 24))
 
     def step(ranks, accumulation, number):

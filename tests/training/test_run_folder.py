@@ -13,6 +13,8 @@ import yaml
 from vreflection.data.packing import RankBatches
 from vreflection.errors import CheckpointError, ConfigError
 from vreflection.training.checkpoints import checkpoints_in
+from vreflection.training.config import settings_dict
+from vreflection.training.folder import check_resumed_settings
 from vreflection.training.run import run_training
 from vreflection.training.settings import TrainSettings
 from vreflection.training.values import build
@@ -63,6 +65,7 @@ def test_two_runs_do_not_share_a_folder(mixed):
     [
         ({"seed": 7}, "seed: 0 then, 7 now"),
         ({"data": {"pack_tokens": 600}}, "data.pack_tokens: 300 then, 600 now"),
+        ({"data": {"shuffle": False}}, "data.shuffle: True then, False now"),
         ({"optimizer": {"learning_rate": 0.5}}, "optimizer.learning_rate: 0.001 then, 0.5 now"),
         ({"latent": {"region": "roi_align"}}, "latent.region: None then, 'roi_align' now"),
     ],
@@ -77,6 +80,26 @@ def test_other_changes_are_named_and_taken(mixed, finished, caplog):
         result = train(mixed.settings(finished, trainer={**SAVING, "max_steps": 5}, resume=True))
     assert "another setting: trainer.max_steps: 4 then, 5 now" in caplog.text
     assert [row["step"] for row in result.history if "loss" in row] == [1, 2, 3, 4, 5]
+
+
+def test_a_setting_that_a_checkpoint_does_not_know_had_its_default(mixed, tmp_path):
+    settings = build(TrainSettings, mixed.settings("newer"), "test")
+    older = settings_dict(settings)
+    del older["data"]["shuffle"]
+    (tmp_path / "train_settings.yaml").write_text(yaml.safe_dump(older))
+    check_resumed_settings(tmp_path, settings)
+    changed = build(TrainSettings, mixed.settings("newer", data={"shuffle": False}), "test")
+    with pytest.raises(CheckpointError, match="data.shuffle: True then, False now"):
+        check_resumed_settings(tmp_path, changed)
+
+
+def test_rows_in_file_order(mixed, monkeypatch):
+    taken = []
+    batches = RankBatches.__iter__
+    monkeypatch.setattr(RankBatches, "__iter__", lambda self: (taken.append(b) or b for b in batches(self)))
+    train(mixed.settings("in-order", data={"shuffle": False}, trainer={"max_steps": 1}))
+    rows = [row for batch in taken for row in batch]
+    assert len(rows) > 8 and rows[:24] == list(range(min(len(rows), 24)))
 
 
 @pytest.mark.parametrize("accumulation", [1, 2, 8])

@@ -1,4 +1,4 @@
-"""Which samples form which batch: an endless, seeded stream over shuffled epochs, packed into a token budget.
+"""Which samples form which batch: an endless, seeded stream over epochs, shuffled or not, packed into a token budget.
 
 The stream is a pure function of its settings: any process can work out any batch, and a resumed run goes on with the
 very next one.
@@ -10,7 +10,7 @@ import bisect
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count, islice
 
 import numpy as np
 
@@ -50,6 +50,21 @@ def best_fit(lengths: Sequence[int] | np.ndarray, budget: int) -> list[list[int]
     return packs
 
 
+def next_fit(lengths: Sequence[int] | np.ndarray, budget: int) -> list[list[int]]:
+    """Pack items in their order, closing a pack when the next item does not fit; arguments and result as in `best_fit`."""
+    packs: list[list[int]] = []
+    left = 0
+    for item, length in enumerate(map(int, lengths)):
+        if length > budget:
+            raise ValueError(f"expected items of at most {budget} tokens, got one of {length}")
+        if length > left:
+            packs.append([])
+            left = budget
+        packs[-1].append(item)
+        left -= length
+    return packs
+
+
 @dataclass(frozen=True)
 class BatchPlan:
     """How samples become micro-batches.
@@ -60,6 +75,7 @@ class BatchPlan:
         batch_size: samples per micro-batch, when there is no `budget`.
         budget: tokens per micro-batch (a pack); needs `lengths`.
         lengths: tokens of every entry of `indices`.
+        shuffle: otherwise every epoch takes the samples in the order of `indices`, packs included.
     """
 
     indices: np.ndarray
@@ -67,6 +83,7 @@ class BatchPlan:
     batch_size: int = 1
     budget: int | None = None
     lengths: np.ndarray | None = None
+    shuffle: bool = True
 
     def __post_init__(self):
         if not len(self.indices):
@@ -86,16 +103,20 @@ class BatchPlan:
 
     def batches(self) -> Iterator[tuple[float, list[int]]]:
         """Endless micro-batches: (epochs begun when the batch was formed, sample indices)."""
-        return self._counted() if self.budget is None else self._packed()
+        if self.budget is None:
+            return self._counted()
+        return self._packed() if self.shuffle else self._packed_in_order()
 
-    def _shuffled(self, epoch: int) -> np.ndarray:
+    def _order(self, epoch: int) -> np.ndarray:
+        if not self.shuffle:
+            return np.arange(len(self.indices))
         return np.random.default_rng((self.seed, epoch)).permutation(len(self.indices))
 
     def _counted(self) -> Iterator[tuple[float, list[int]]]:
         held: list[int] = []
         epoch = 0
         while True:
-            held += self.indices[self._shuffled(epoch)].tolist()
+            held += self.indices[self._order(epoch)].tolist()
             epoch += 1
             while len(held) >= self.batch_size:
                 yield epoch, held[: self.batch_size]
@@ -106,7 +127,7 @@ class BatchPlan:
         epoch = 0
         while True:
             carried: list[int] = []
-            order = self._shuffled(epoch)
+            order = self._order(epoch)
             for start in range(0, len(order), WINDOW):
                 window = carried + order[start : start + WINDOW].tolist()
                 packs = best_fit(self.lengths[window], self.budget)
@@ -120,6 +141,12 @@ class BatchPlan:
                 for number in shuffle.tolist():
                     yield epoch + 1, [int(self.indices[window[item]]) for item in packs[number]]
             epoch += 1
+
+    def _packed_in_order(self) -> Iterator[tuple[float, list[int]]]:
+        assert self.budget is not None and self.lengths is not None
+        packs = [self.indices[pack].tolist() for pack in next_fit(self.lengths, self.budget)]
+        for epoch in count(1):
+            yield from ((epoch, pack) for pack in packs)
 
 
 class RankBatches:

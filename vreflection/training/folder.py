@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 LOCK, PROGRESS, SETTINGS = ".run.lock", "progress.json", "train_settings.yaml"
 # What the checkpoint's own state decides, or what would make its data order or parameters another's.
 FIXED = (
-    "stage", "seed", "dtype", "latent", "lora", "optimizer", "data.pack_tokens", "data.max_length",
+    "stage", "seed", "dtype", "latent", "lora", "optimizer", "data.pack_tokens", "data.max_length", "data.shuffle",
     "data.min_visual_tokens", "data.max_visual_tokens", "data.held_out", "trainer.per_device_train_batch_size",
     "trainer.lr_scheduler_type", "trainer.adam_beta1", "trainer.adam_beta2", "trainer.adam_epsilon",
 )  # fmt: skip
@@ -102,6 +102,8 @@ def check_resumed_settings(checkpoint: Path, settings: TrainSettings) -> None:
         logger.warning("%s: no readable %s; whether it was made with these settings is not known", checkpoint, SETTINGS)
         return
     now = flat(settings_dict(settings))
+    # A key that is newer than the checkpoint had its default's effect then.
+    before = flat(settings_dict(TrainSettings())) | before
     changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     refused = [f"{key}: {before.get(key)!r} then, {now.get(key)!r} now" for key in changed if under(key, FIXED)]
     if refused:

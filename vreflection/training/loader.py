@@ -93,7 +93,7 @@ def plan_data(
     if isinstance(settings.held_out, int) and settings.held_out:
         held_out = choose_held_out(usable, settings.held_out, seed)
         usable = np.setdiff1d(usable, held_out)
-    plan = BatchPlan(usable, seed, batch_size, settings.pack_tokens, measured.tokens[usable])
+    plan = BatchPlan(usable, seed, batch_size, settings.pack_tokens, measured.tokens[usable], settings.shuffle)
     dataset.stand_ins = plan.indices
     if settings.pack_tokens is not None:
         logger.info(packing_report(plan).summary())

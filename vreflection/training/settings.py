@@ -32,6 +32,7 @@ class DataSettings:
         max_length: longest sample in tokens; longer ones are left out whole, and counted.
         pack_tokens: token budget of a micro-batch: samples are packed end to end, without padding. `None` pads
             `trainer.per_device_train_batch_size` samples instead.
+        shuffle: a new order every epoch; otherwise that of the file, so that a curriculum is a file in the right order.
         min_visual_tokens, max_visual_tokens: limits per image; `None` keeps the model's own.
         workers: loader processes.
         feature_store: folder of the frozen vision tower's output; what is missing there is computed before training.
@@ -42,6 +43,7 @@ class DataSettings:
     image_folder: str | None = None
     max_length: int = 16384
     pack_tokens: int | None = None
+    shuffle: bool = True
     min_visual_tokens: int | None = None
     max_visual_tokens: int | None = None
     workers: int = 0
