@@ -97,7 +97,8 @@ def create_app(service: ChatService, settings: ServeSettings, examples: list[dic
 
     @app.get("/examples")
     async def page_examples() -> dict[str, Any]:
-        return {"examples": examples or [], "model": model_card(), "maps": service.maps is not None}
+        shown = {"maps": service.maps is not None, "spans": settings.spans}
+        return {"examples": examples or [], "model": model_card(), **shown}
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:

@@ -7,7 +7,12 @@ const RAMP = [
   [255, 92, 67], [255, 112, 60], [255, 132, 55], [255, 152, 53], [255, 172, 56], [255, 192, 70], [255, 211, 90], [255, 230, 114],
   [255, 247, 139],
 ];
-const state = { image: null, url: null, box: null, kept: null, running: new Set(), cards: new Set(), model: null, maps: false };
+const PACE = 500;  // milliseconds a look stays while they play
+const EDGES = ["x0", "y0", "x1", "y1"];
+// `boxes` in the order of the hops, `hop` the one that mouse and fields change. A box alone belongs to every hop.
+const state = {
+  image: null, url: null, boxes: [], hop: 0, kept: null, running: new Set(), cards: new Set(), model: null, maps: false, spans: 8,
+};
 
 function colour(strength) {
   const at = Math.min(Math.max(strength, 0), 1) * (RAMP.length - 1);
@@ -25,23 +30,39 @@ function percent(share) {
   return (100 * share).toFixed(1) + " %";
 }
 
-// The image and its box
+// The image and its boxes
 
 function size(canvas, image) {
   const longest = Math.max(image.naturalWidth, image.naturalHeight);
-  const scale = Math.min(1, 1024 / longest) || 1;
+  // Small images get more pixels than they have, so that edges of tokens stay sharp.
+  const scale = longest > 1024 ? 1024 / longest : Math.ceil(Math.min(640, 8 * longest) / longest) || 1;
   canvas.width = Math.max(1, Math.round(image.naturalWidth * scale));
   canvas.height = Math.max(1, Math.round(image.naturalHeight * scale));
+  canvas.style.setProperty("--aspect", canvas.width / canvas.height);
 }
 
-function outline(context, box, width, height) {
-  if (!box) return;
-  const [x0, y0, x1, y1] = box;
+// `thick`: for canvases that are shown small.
+function outline(canvas, box, number = null, thick = 1) {
+  const context = canvas.getContext("2d");
+  const [x0, y0, x1, y1] = box.map((edge, i) => edge * (i % 2 ? canvas.height : canvas.width));
+  const unit = thick * Math.max(1, canvas.width / 400);
   for (const [style, line] of [["#000", 5], ["#fff", 2.5]]) {
     context.strokeStyle = style;
-    context.lineWidth = line * Math.max(1, width / 400);
-    context.strokeRect(x0 * width, y0 * height, (x1 - x0) * width, (y1 - y0) * height);
+    context.lineWidth = line * unit;
+    context.strokeRect(x0, y0, x1 - x0, y1 - y0);
   }
+  if (number === null) return;
+  // The number stands outside the box where there is room, so that it covers nothing of it.
+  const side = 22 * unit;
+  const left = Math.min(Math.max(x0 - 2 * unit, 0), canvas.width - side);
+  const top = y0 >= side ? y0 - side : Math.min(y1, canvas.height - side);
+  context.fillStyle = "#fff";
+  context.fillRect(left, top, side, side);
+  context.fillStyle = "#000";
+  context.font = `600 ${15 * unit}px system-ui, sans-serif`;
+  context.textAlign = "center";
+  context.textBaseline = "middle";
+  context.fillText(number, left + side / 2, top + side / 2);
 }
 
 function drawPicture() {
@@ -50,24 +71,63 @@ function drawPicture() {
   for (const [id, shown] of [["picture", there], ["remove", there], ["boxfield", there], ["hint", !there]]) $(id).hidden = !shown;
   if (!there) return;
   size(canvas, state.image);
-  const context = canvas.getContext("2d");
-  context.drawImage(state.image, 0, 0, canvas.width, canvas.height);
-  outline(context, state.box, canvas.width, canvas.height);
+  canvas.getContext("2d").drawImage(state.image, 0, 0, canvas.width, canvas.height);
+  state.boxes.forEach((box, hop) => outline(canvas, box, state.boxes.length > 1 ? hop + 1 : null));
 }
 
+function setBoxes(boxes, hop = 0) {
+  state.boxes = boxes;
+  state.hop = hop;
+  showBoxes();
+}
+
+// The box of the chosen hop; null takes all boxes away.
 function setBox(box) {
-  state.box = box;
-  ["x0", "y0", "x1", "y1"].forEach((id, i) => {
+  if (!box) { setBoxes([]); return; }
+  state.boxes[state.hop] = box;
+  showBoxes();
+}
+
+function showBoxes() {
+  const box = state.boxes[state.hop];
+  EDGES.forEach((id, i) => {
     if (document.activeElement !== $(id)) $(id).value = box ? Math.round(1000 * box[i]) / 10 : "";
   });
+  showHops();
   drawPicture();
   state.cards.forEach((card) => card.draw());
 }
 
+function showHops() {
+  const count = state.boxes.length;
+  const buttons = count > 1 || state.hop ? Array.from({ length: Math.max(count, state.hop + 1) }, (_, hop) => {
+    const button = plainButton(`hop ${hop + 1}`, () => setBoxes(state.boxes, hop));
+    button.setAttribute("aria-pressed", hop === state.hop);
+    return button;
+  }) : [];
+  if (count && state.hop < count && count < state.spans) {
+    buttons.push(plainButton("Add the next hop’s box", () => { setBoxes(state.boxes, count); $("x0").focus(); }));
+  }
+  // A button that is drawn anew keeps the keyboard's place.
+  const focused = [...$("hops").children].indexOf(document.activeElement);
+  $("hops").replaceChildren(...buttons);
+  if (focused >= 0 && buttons.length) buttons[Math.min(focused, buttons.length - 1)].focus();
+  $("nobox").textContent = count > 1 ? "No boxes" : "No box";
+}
+
+function plainButton(text, action) {
+  const button = document.createElement("button");
+  button.type = "button";
+  button.className = "plain";
+  button.textContent = text;
+  button.addEventListener("click", action);
+  return button;
+}
+
 function typedBox() {
-  const values = ["x0", "y0", "x1", "y1"].map((id) => ($(id).value === "" ? NaN : Number($(id).value) / 100));
+  const values = EDGES.map((id) => ($(id).value === "" ? NaN : Number($(id).value) / 100));
   const wrong = values.some((value) => !(value >= 0 && value <= 1)) || values[0] >= values[2] || values[1] >= values[3];
-  for (const id of ["x0", "y0", "x1", "y1"]) $(id).setAttribute("aria-invalid", wrong);
+  for (const id of EDGES) $(id).setAttribute("aria-invalid", wrong);
   if (!wrong) setBox(values);
 }
 
@@ -80,7 +140,7 @@ function openImage(url) {
   });
 }
 
-async function setImage(url, box = null) {
+async function setImage(url, boxes = []) {
   state.wanted = url;
   try {
     const image = await openImage(url);
@@ -88,7 +148,7 @@ async function setImage(url, box = null) {
     state.image = image;
     state.url = url;
     fail("");
-    setBox(box);
+    setBoxes(boxes);
   } catch (error) {
     fail(error.message);
   }
@@ -116,9 +176,9 @@ function listenToImage() {
     if (file) { event.preventDefault(); readFile(file); }
   });
   $("file").addEventListener("change", () => { readFile($("file").files[0]); $("file").value = ""; });
-  $("remove").addEventListener("click", () => { state.image = state.url = null; setBox(null); $("file").focus(); });
+  $("remove").addEventListener("click", () => { state.image = state.url = null; setBoxes([]); $("file").focus(); });
   $("nobox").addEventListener("click", () => setBox(null));
-  for (const id of ["x0", "y0", "x1", "y1"]) $(id).addEventListener("input", typedBox);
+  for (const id of EDGES) $(id).addEventListener("input", typedBox);
   const canvas = $("picture");
   let from = null;
   const place = (event) => {
@@ -142,22 +202,48 @@ function listenToImage() {
 
 // One answer
 
+// As a person reads it: what the last <answer> holds, if there is one. `open`: more may come.
+function readable(text, open) {
+  const tagged = [...text.matchAll(/<answer>([\s\S]*?)(?:<\/answer>|$)/g)];
+  let shown = tagged.length ? tagged[tagged.length - 1][1] : text;
+  if (open) shown = shown.replace(/<\/?[a-z]*$/, "");  // a tag of which the end has not come
+  return shown.trim();
+}
+
+// `(spans, steps, width)` numbers as one base64 text per span.
+function bySpan({ data, shape }) {
+  const bytes = atob(data);
+  const length = bytes.length / shape[0];
+  return Array.from({ length: shape[0] }, (_, span) => (
+    { data: btoa(bytes.slice(span * length, (span + 1) * length)), shape: shape.slice(1) }
+  ));
+}
+
+function meanOf(maps) {
+  return maps[0].map((_, i) => maps.reduce((sum, map) => sum + map[i], 0) / maps.length);
+}
+
 class Card {
   constructor(title, question, image, url) {
     this.whole = false;
+    this.ended = false;
     this.element = $("card").content.firstElementChild.cloneNode(true);
     this.image = image;
     this.url = url;
     this.question = question;
-    this.maps = null;
-    this.hidden = null;
+    this.grid = null;
+    this.steps = [];  // maps of all steps
+    this.spans = [];  // the span of each step
+    this.hidden = [];  // latents by span
+    this.view = { hop: null, step: null };  // the mean of all where both are null
     this.timer = null;
     this.text = "";
     this.part = (name) => this.element.querySelector(name);
     this.part("h2").textContent = title;
     this.part(".asked").textContent = question;
     this.slider = this.part("input");
-    this.slider.addEventListener("input", () => { clearInterval(this.timer); this.draw(); });
+    this.slider.addEventListener("input", () => { this.pause(); this.goTo(Number(this.slider.value)); });
+    this.part(".play").addEventListener("click", () => { if (this.timer) this.pause(); else this.play(); });
     this.part(".keep").addEventListener("click", () => keep(this));
     $("answers").prepend(this.element);
     state.cards.add(this);
@@ -166,54 +252,115 @@ class Card {
   progress(words) { this.part(".progress").textContent = words; }
 
   add(piece) {
-    const shown = this.text ? piece : piece.trimStart();
-    this.text += shown;
-    // New text nodes only: a screen reader says what is new, not the whole answer again.
-    if (shown) this.part(".answer").append(shown);
+    this.text += piece;
+    this.say();
   }
 
+  say() {
+    const element = this.part(".answer");
+    const before = element.textContent;
+    const shown = readable(this.text, !this.ended);
+    // New text nodes only, where text was added: a screen reader says what is new, not the whole answer again.
+    if (shown !== before && shown.startsWith(before)) element.append(shown.slice(before.length));
+    else if (shown !== before) element.textContent = shown;
+    this.part(".raw").hidden = !this.ended || this.text.trim() === shown;
+    this.part(".raw pre").textContent = this.text.trim();
+  }
+
+  end(reason) {
+    this.ended = true;
+    this.progress(reason === "length" ? "cut at the token limit" : "");
+    this.say();
+    if (this.grid) this.draw();
+  }
+
+  get hops() { return this.spans.length ? this.spans[this.spans.length - 1] + 1 : 0; }
+
+  stepsOf(hop) { return this.spans.flatMap((span, step) => (span === hop ? [step] : [])); }
+
+  // Looks and latents of the spans that have ended since the last ones.
   looks(latent) {
     if (latent.hidden) {
-      this.hidden = latent.hidden;
+      this.hidden.push(...bySpan(latent.hidden));
       this.part(".keep").hidden = false;
     }
     const maps = latent.maps && latent.maps.images && latent.maps.images[0];
     if (!maps || !maps.steps.length || !this.image) {
-      if (latent.maps) this.part(".nolooks").textContent = "This answer opened no latent span: there is no look to show.";
+      if (latent.maps && !this.grid) this.part(".nolooks").textContent = "This answer opened no latent span: there is no look to show.";
       return;
     }
-    this.maps = maps;
-    this.most = Math.max(...maps.steps.map((step) => Math.max(...step)));
-    this.mean = maps.steps[0].map((_, i) => maps.steps.reduce((sum, step) => sum + step[i], 0) / maps.steps.length);
+    const first = !this.grid;
+    this.grid = maps.grid;
+    this.steps.push(...maps.steps);
+    this.spans.push(...latent.maps.span);
+    this.most = Math.max(...this.steps.map((step) => Math.max(...step)));
     this.part(".source").textContent = latent.maps.source === "student"
-      ? "Attention of the student's probes." : "Attention of the language model, mean over layers and heads.";
+      ? "Attention of the student’s probes." : "Attention of the language model, mean over layers and heads.";
     this.part(".most").textContent = percent(this.most) + " per token";
-    this.slider.max = maps.steps.length;
+    this.slider.max = this.steps.length;
     this.part("figure").hidden = false;
+    this.element.classList.add("looked");
+    while (this.part(".film").children.length < this.hops) this.addFrame(this.part(".film").children.length);
+    this.part(".film").hidden = this.hops < 2;
+    if (first) this.begin();
+    this.draw();
+  }
+
+  addFrame(hop) {
+    const frame = document.createElement("li");
+    const button = document.createElement("button");
+    button.type = "button";
+    button.append(document.createElement("canvas"), document.createElement("span"));
+    button.addEventListener("click", () => { this.pause(); this.choose(hop); });
+    frame.append(button);
+    this.part(".film").append(frame);
+  }
+
+  begin() {
     const ramp = this.part(".ramp").getContext("2d");
     for (let x = 0; x < 160; x++) {
       ramp.fillStyle = `rgb(${colour(x / 159).join(",")})`;
       ramp.fillRect(x, 0, 1, 10);
     }
-    this.play();
+    if (!matchMedia("(prefers-reduced-motion: reduce)").matches) this.play();
   }
 
+  // From the step shown on, or from the first again; at the end it waits for looks of an answer that goes on.
   play() {
-    const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
-    this.slider.value = still ? 0 : 1;
-    this.draw();
-    if (still) return;
+    const shown = Number(this.slider.value);
+    this.goTo(shown >= this.steps.length ? 1 : Math.max(shown, 1));
     this.timer = setInterval(() => {
       const next = Number(this.slider.value) + 1;
-      if (next > this.maps.steps.length) { clearInterval(this.timer); return; }
-      this.slider.value = next;
-      this.draw();
-    }, 350);
+      if (next <= this.steps.length) this.goTo(next);
+      else if (this.ended) this.pause();
+    }, PACE);
+    this.showPlaying();
   }
 
-  share(map) {
-    const [h, w] = this.maps.grid;
-    const [x0, y0, x1, y1] = state.box;
+  pause() {
+    clearInterval(this.timer);
+    this.timer = null;
+    this.showPlaying();
+  }
+
+  showPlaying() { this.part(".play").textContent = this.timer ? "Pause" : "Play"; }
+
+  // A step from 1, or 0 for the mean of all.
+  goTo(place) {
+    this.slider.value = place;
+    this.view = place ? { hop: this.spans[place - 1], step: place - 1 } : { hop: null, step: null };
+    this.draw();
+  }
+
+  choose(hop) {
+    this.slider.value = this.stepsOf(hop)[0] + 1;
+    this.view = { hop, step: null };
+    this.draw();
+  }
+
+  share(map, box) {
+    const [h, w] = this.grid;
+    const [x0, y0, x1, y1] = box;
     let sum = 0;  // tokens that the box touches
     for (let row = Math.floor(y0 * h); row < Math.ceil(y1 * h); row++) {
       for (let column = Math.floor(x0 * w); column < Math.ceil(x1 * w); column++) sum += map[row * w + column];
@@ -221,17 +368,76 @@ class Card {
     return sum;
   }
 
+  // The box that belongs to a hop; a box alone belongs to every hop.
+  boxOf(hop) {
+    if (this.url !== state.url) return null;
+    return (state.boxes.length === 1 ? state.boxes[0] : state.boxes[hop]) || null;
+  }
+
+  meanOfHop(hop) { return meanOf(this.stepsOf(hop).map((step) => this.steps[step])); }
+
+  // Name, map, and boxes with their numbers of what is shown large.
+  shown() {
+    const { hop, step } = this.view;
+    const count = this.steps.length;
+    const many = this.hops > 1;
+    const numbered = state.boxes.length > 1;
+    const boxes = (hop === null ? [...Array(Math.max(this.hops, 1)).keys()] : [hop])
+      .filter((place) => this.boxOf(place))
+      .map((place) => [this.boxOf(place), numbered ? place + 1 : null]);
+    if (hop === null) return { name: "mean of all latent steps", map: meanOf(this.steps), boxes: numbered ? boxes : boxes.slice(0, 1) };
+    const own = this.stepsOf(hop);
+    const place = many ? `hop ${hop + 1} of ${this.hops}` : "";
+    if (step === null) {
+      return { name: many ? `${place}, mean of its steps` : "mean of all latent steps", map: this.meanOfHop(hop), boxes };
+    }
+    const name = many ? `${place}, step ${own.indexOf(step) + 1} of ${own.length}` : `latent step ${step + 1} of ${count}`;
+    return { name, map: this.steps[step], boxes };
+  }
+
+  inside({ map, boxes }) {
+    if (!boxes.length) return "";
+    if (state.boxes.length === 1) {
+      const mean = percent(this.share(meanOf(this.steps), boxes[0][0]));
+      return `${percent(this.share(map, boxes[0][0]))} of this attention is in the box (mean of all steps ${mean}).`;
+    }
+    const { hop } = this.view;
+    const ofHop = (number) => percent(this.share(this.meanOfHop(number), this.boxOf(number)));
+    if (hop === null) return `In its own box: ${boxes.map(([, number]) => `hop ${number} ${ofHop(number - 1)}`).join(", ")}.`;
+    const mean = this.view.step === null ? "" : ` (mean of the hop ${ofHop(hop)})`;
+    return `${percent(this.share(map, boxes[0][0]))} of this attention is in box ${hop + 1}${mean}.`;
+  }
+
   draw() {
-    if (!this.maps) return;
-    const step = Number(this.slider.value);
-    const map = step ? this.maps.steps[step - 1] : this.mean;
-    const name = step ? `latent step ${step} of ${this.maps.steps.length}` : "mean of all latent steps";
-    this.part(".which").textContent = name;
-    this.slider.setAttribute("aria-valuetext", name);
+    if (!this.grid) return;
+    const shown = this.shown();
     const canvas = this.part(".look");
+    this.paint(canvas, shown);
+    const inside = this.inside(shown);
+    this.part(".which").textContent = shown.name;
+    this.part(".inside").textContent = inside;
+    this.slider.setAttribute("aria-valuetext", shown.name);
+    canvas.setAttribute("aria-label", `Attention at ${shown.name}. ${inside}`);
+    if (this.hops > 1) [...this.part(".film").children].forEach((frame, hop) => this.drawFrame(frame.firstChild, hop));
+  }
+
+  drawFrame(button, hop) {
+    const [canvas, caption] = button.children;
+    const box = this.boxOf(hop);
+    const map = this.meanOfHop(hop);
+    const boxes = box ? [[box, state.boxes.length > 1 ? hop + 1 : null]] : [];
+    const key = JSON.stringify([boxes, this.most, map.length]);
+    if (button.dataset.drawn !== key) this.paint(canvas, { map, boxes }, 2.2);
+    button.dataset.drawn = key;
+    canvas.setAttribute("aria-hidden", "true");
+    caption.textContent = `hop ${hop + 1}` + (box ? `\n${percent(this.share(map, box))} in its box` : "");
+    button.setAttribute("aria-pressed", this.view.hop === hop);
+  }
+
+  paint(canvas, { map, boxes }, thick = 1) {
     size(canvas, this.image);
     const context = canvas.getContext("2d");
-    const [h, w] = this.maps.grid;
+    const [h, w] = this.grid;
     context.filter = "grayscale(0.7)";
     context.drawImage(this.image, 0, 0, canvas.width, canvas.height);
     context.filter = "none";
@@ -247,11 +453,7 @@ class Card {
       const bottom = Math.round((Math.floor(i / w) + 1) * canvas.height / h);
       context.fillRect(x, y, right - x, bottom - y);
     }
-    const own = this.url === state.url && state.box;
-    outline(context, own ? state.box : null, canvas.width, canvas.height);
-    const inside = own ? `${percent(this.share(map))} of this attention is in the box (mean of all steps ${percent(this.share(this.mean))}).` : "";
-    this.part(".inside").textContent = inside;
-    canvas.setAttribute("aria-label", `Attention at ${name}. ${inside}`);
+    boxes.forEach(([box, number]) => outline(canvas, box, number, thick));
   }
 }
 
@@ -276,6 +478,7 @@ async function ask(title, question, latent) {
     if (!response.ok) throw new Error(await refusal(response));
     await follow(response, card);
   } catch (error) {
+    card.end("");
     card.progress(error.name === "AbortError" ? "stopped" : "failed");
     if (error.name !== "AbortError") {
       fail(error instanceof TypeError ? await silence() : error.message);
@@ -336,10 +539,11 @@ function take(chunk, card) {
     card.part(".counts").textContent = `${prompt} prompt tokens, ${tokens} answer tokens, ${steps} latent steps`;
   }
   for (const choice of chunk.choices) {
+    const latent = choice.latent;
     if (choice.delta.content) { card.progress("answering …"); card.add(choice.delta.content); }
-    if (choice.latent && choice.latent.step) card.progress(`looking again: latent step ${choice.latent.step} …`);
-    if (choice.latent && choice.latent.steps !== undefined) card.looks(choice.latent);
-    if (choice.finish_reason) card.progress(choice.finish_reason === "length" ? "cut at the token limit" : "");
+    if (latent && latent.step) card.progress(`looking again: hop ${latent.span + 1}, step ${latent.span_step} …`);
+    if (latent && latent.steps !== undefined) card.looks(latent);
+    if (choice.finish_reason) card.end(choice.finish_reason);
   }
 }
 
@@ -348,7 +552,10 @@ function busy() {
 }
 
 function keep(card) {
-  state.kept = { hidden: card.hidden, question: card.question };
+  state.kept = { spans: card.hidden, question: card.question };
+  const hops = card.hidden.map((_, hop) => new Option(`hop ${hop + 1}`, hop));
+  $("kepthop").replaceChildren(new Option("all hops", "all", true, true), ...hops);
+  $("keptline").hidden = hops.length < 2;
   $("keptof").textContent = `“${card.question}”`;
   const context = $("keptpicture").getContext("2d");
   context.clearRect(0, 0, 56, 56);
@@ -356,6 +563,13 @@ function keep(card) {
   $("kept").hidden = false;
   $("usekept").checked = true;
   $("usekept").focus();
+}
+
+// All hops' latents, or those of one hop alone: the model makes the others itself.
+function keptLatents() {
+  const hop = $("kepthop").value;
+  if (hop === "all") return state.kept.spans;
+  return Array.from({ length: state.spans }, (_, place) => (place === Number(hop) ? state.kept.spans[place] : null));
 }
 
 function submit(event) {
@@ -373,7 +587,7 @@ function submit(event) {
   if (latents && mode !== "on") runs.push(["Without latent steps", { off: true, ...force }]);
   if (latents && mode !== "off") {
     if (state.kept && $("usekept").checked) {
-      runs.push(["With the kept latents", { use: state.kept.hidden, include, ...force }]);
+      runs.push(["With the kept latents", { use: keptLatents(), include, ...force }]);
       if (mode === "both") runs.push(["With its own latents", { include, ...force }]);
     } else runs.push(["With latent steps", { include, ...force }]);
   }
@@ -406,11 +620,10 @@ async function about() {
   }
 }
 
-function show({ model, maps, examples }) {
-  state.model = model;
-  state.maps = maps;
+function show({ model, maps, spans, examples }) {
+  Object.assign(state, { model, maps, spans });
   const latents = model.latent_steps > 0;
-  $("model").textContent = `${model.id}, stage ${model.stage}, ` + (latents ? `${model.latent_steps} latent steps` : "no latent steps");
+  $("model").textContent = `${model.id}, stage ${model.stage}, ` + (latents ? `${model.latent_steps} latent steps per span` : "no latent steps");
   document.querySelectorAll("input[name=mode], #force").forEach((input) => { input.disabled = !latents; });
   $("nolatents").hidden = latents && maps;
   $("nolatents").textContent = latents ? "This server shows no looks."
@@ -423,7 +636,7 @@ function show({ model, maps, examples }) {
     image.alt = "";
     button.append(image, example.title);
     button.addEventListener("click", async () => {
-      await setImage(example.image, example.box);
+      await setImage(example.image, [...(example.boxes || (example.box ? [example.box] : []))]);
       $("question").value = example.question;
       $("question").focus();
     });
