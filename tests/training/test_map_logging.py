@@ -110,12 +110,35 @@ def test_tensorboard_and_wandb_get_the_figures(tmp_path):
     box = torch.tensor([[0.0, 0.0, 0.5, 0.5]]).numpy()
     sample = SimpleNamespace(image_paths=(path,), box_images=[0], boxes=box, source="rows:1")
     maps = {TEACHER: torch.full((2, 2, 2), 0.25)}
-    MapLogger(trainer, [(sample, None)], 1, training_figure).write(0, maps, 7)
+    MapLogger(trainer, [(sample, None)], 1, training_figure).write(0, [maps], 7)
     ((tag, pixels, step), settings) = shown[0]
     assert (tag, step, settings) == ("maps/0", 7, {"dataformats": "HWC"})
     height, width, channels = pixels.shape
     assert channels == 3 and sent == [{"maps/0": (width, height), "train/global_step": 7}]
     assert not (tmp_path / "maps").exists()
+
+
+def test_every_box_of_a_row_is_drawn(mixed, tmp_path):
+    """Three boxes: three figures below each other, each with the maps of its own span."""
+    rows = json.loads((mixed.root / "rows.json").read_text())
+    boxes = [[0.0, 0.0, 0.4, 1.0], [0.6, 0.0, 1.0, 1.0], [0.0, 0.0, 1.0, 1.0]]
+    chains = [row | {"bboxes": boxes} for row in rows if "bboxes" in row]
+    for row in chains:
+        row["conversations"][1]["value"] = "<lvr><lvr> and <lvr>\n<answer> 1 </answer>"
+    (mixed.root / "boxes.json").write_text(json.dumps(chains))
+    draw, data = Kept(), {"train": str(mixed.root / "boxes.json"), "held_out": 4}
+    once = {"gauges": {"maps_every": 9, "maps_samples": 1}, "trainer": {"max_steps": 1}}
+    train(mixed.settings("maps-boxes", data=data, **once), draw_maps=draw)
+    assert [box for *_, box, _ in draw.calls] == boxes
+    assert [title.rpartition(", ")[2] for *_, title in draw.calls] == [f"box {n} of 3" for n in (1, 2, 3)]
+    # The teacher looks into its box only.
+    for (_, maps, _, _), columns in zip(draw.calls, ((0, 1), (-1, None), (0, None))):
+        outside = maps[TEACHER].clone()
+        outside[..., slice(*columns)] = 0
+        assert not outside.any() and maps[TEACHER].any()
+    single = training_figure(Image.new("RGB", (60, 40)), draw.calls[0][1], boxes[0], "one")
+    with Image.open(mixed.root / "maps-boxes" / "maps" / "step-000001-0.png") as picture:
+        assert picture.height > 2.5 * single.height and picture.width >= 500
 
 
 def test_tensorboard_files_hold_them(mixed, stage1):

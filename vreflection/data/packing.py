@@ -51,7 +51,7 @@ def best_fit(lengths: Sequence[int] | np.ndarray, budget: int) -> list[list[int]
 
 
 def next_fit(lengths: Sequence[int] | np.ndarray, budget: int) -> list[list[int]]:
-    """Pack items in their order, closing a pack when the next item does not fit; arguments and result as in `best_fit`."""
+    """Pack items in their order, closing a pack when the next does not fit; arguments and result as in `best_fit`."""
     packs: list[list[int]] = []
     left = 0
     for item, length in enumerate(map(int, lengths)):

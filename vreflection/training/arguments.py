@@ -157,7 +157,12 @@ def as_number(value: Any) -> Any:
 
 
 def parameter_groups(model: nn.Module, settings: OptimizerSettings) -> list[dict[str, Any]]:
-    """Trainable parameters by part (language model, teacher, student) and by weight decay."""
+    """Trainable parameters by part (language model, teacher, student) and by weight decay.
+
+    A teacher that no loss reaches (`alignment: llm_only`) does not decay either: it stays as it is.
+    """
+    objective = getattr(model, "objective", None)
+    frozen_teacher = objective is not None and objective.alignment == "llm_only"
     rates = {
         "box_feature_resampler": settings.teacher_learning_rate,
         "student_resampler": settings.student_learning_rate,
@@ -172,8 +177,10 @@ def parameter_groups(model: nn.Module, settings: OptimizerSettings) -> list[dict
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        rate = rates.get(name.split(".")[0])
+        part = name.split(".")[0]
+        rate = rates.get(part)
         rate = settings.learning_rate if rate is None else rate
-        decay = 0.0 if name in no_decay else settings.weight_decay
+        still = frozen_teacher and part == "box_feature_resampler"
+        decay = 0.0 if still or name in no_decay else settings.weight_decay
         groups.setdefault((rate, decay), []).append(parameter)
     return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]

@@ -94,38 +94,44 @@ class MapLogger(TrainerCallback):
                 self.write(number, maps, state.global_step)
 
     @torch.no_grad()
-    def maps(self, number: int) -> dict[str, torch.Tensor]:
-        """A sample's maps of its first box by name: `(Q, h, w)` each. Runs the model: on all processes alike."""
+    def maps(self, number: int) -> list[dict[str, torch.Tensor]]:
+        """A sample's maps, per box by name: `(Q, h, w)` each. Runs the model: on all processes alike."""
         trainer, model = self.trainer, self.trainer.accelerator.unwrap_model(self.trainer.model)
         if trainer.resident is not None:
             trainer.resident.gather()
         collate = Collator(trainer.pad_token_id)
         inputs = trainer._prepare_inputs(collate([self.samples[number][1]]))
         layout: BatchLayout = inputs["layout"]
-        found: dict[str, torch.Tensor] = {}
+        maps: list[dict[str, torch.Tensor]] = [{} for _ in layout.boxes]
         with eval_mode(model), trainer.accelerator.autocast():
             with caught_maps(model) as forced:
                 model(**inputs)
-            self._keep(found, forced, TEACHER, STUDENT)
+            self._keep(maps, forced, TEACHER, STUDENT)
             if model.config.traits.student:
                 everything = torch.ones(len(layout.starts), dtype=torch.bool)
                 free = trainer.run_free(inputs, everything, int(layout.turns_B.max()) + 1)
                 with caught_maps(model) as own:
                     model(**{**inputs, **free})
-                self._keep(found, own, None, FREE)
-        return found
+                self._keep(maps, own, None, FREE)
+        return maps
 
     @staticmethod
-    def _keep(found: dict[str, torch.Tensor], caught: Caught, teacher: str | None, student: str) -> None:
+    def _keep(maps: list[dict[str, torch.Tensor]], caught: Caught, teacher: str | None, student: str) -> None:
         for module, name in (("box_feature_resampler", teacher), ("student_resampler", student)):
             if name is not None and module in caught.maps:
-                found[name] = caught.maps[module][0]
+                for of_box, attention in zip(maps, caught.maps[module], strict=True):
+                    of_box[name] = attention
 
-    def write(self, number: int, maps: Mapping[str, torch.Tensor], step: int) -> None:
-        """Draw one sample's maps and hand them to whoever keeps the run's curves."""
+    def write(self, number: int, maps: Sequence[Mapping[str, torch.Tensor]], step: int) -> None:
+        """Draw one sample's maps, its boxes below each other, and hand them to whoever keeps the run's curves."""
         sample = self.samples[number][0]
-        photo = open_image(sample.image_paths[int(sample.box_images[0])])
-        figure = self.draw(photo, maps, sample.boxes[0].tolist(), f"step {step}: {sample.source}")
+        figures = []
+        for box, of_box in enumerate(maps):
+            photo = open_image(sample.image_paths[int(sample.box_images[box])])
+            which = "" if len(maps) == 1 else f", box {box + 1} of {len(maps)}"
+            title = f"step {step}: {sample.source}{which}"
+            figures.append(self.draw(photo, of_box, sample.boxes[box].tolist(), title))
+        figure = below_each_other(figures)
         tag, kept = f"maps/{number}", False
         for callback in self.trainer.callback_handler.callbacks:
             if getattr(callback, "tb_writer", None) is not None:
@@ -142,6 +148,17 @@ class MapLogger(TrainerCallback):
             folder.mkdir(parents=True, exist_ok=True)
             with atomic_write(folder / f"step-{step:06d}-{number}.png") as file:
                 figure.save(file, format="PNG")
+
+
+def below_each_other(figures: Sequence[Image.Image]) -> Image.Image:
+    if len(figures) == 1:
+        return figures[0]
+    sheet = Image.new("RGB", (max(f.width for f in figures), sum(f.height for f in figures)), "white")
+    top = 0
+    for figure in figures:
+        sheet.paste(figure, (0, top))
+        top += figure.height
+    return sheet
 
 
 def samples_with_boxes(
