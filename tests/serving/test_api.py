@@ -197,7 +197,7 @@ def test_maps_are_made_of_the_answer(serve, tools):
         )  # fmt: skip
         assert answer.choices[0].latent["maps"] == {"source": "test"}
         ((length, spans, boxes, first_span),) = seen
-        assert length == answer.usage.prompt_tokens and boxes == [(0.0, 0.0, 0.5, 1.0)] * spans and first_span == 0
+        assert length == answer.usage.prompt_tokens and boxes == [(0.0, 0.0, 0.5, 1.0)] and spans and first_span == 0
 
 
 PNG = "data:image/png;base64,"

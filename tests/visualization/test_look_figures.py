@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ from vreflection.visualization.look_figures import (
     write_figure,
 )
 from vreflection.visualization.look_page import PageFacts, render_card, write_look_page
-from vreflection.visualization.look_panels import panel_rows, scale_top, tile
+from vreflection.visualization.look_panels import painted, panel_rows, scale_top, tile
 from vreflection.visualization.overlays import colour_strip
 
 STEPS = 5
@@ -85,12 +86,100 @@ def test_rows_of_a_figure():
     steps = panel_rows(looks(), "steps")[0].panels
     share = float(looks().maps[0][2][1:3, 1:3].sum())
     assert steps[2].label.replace("\u202f", " ") == f"step 3: {100 * share:.0f} % in box"
-    assert [panel.label for panel in panel_rows(looks(spans=2, boxes=()), "steps")[0].panels][4:6] == [
-        "span 1, step 5", "span 2, step 1",
-    ]  # fmt: skip
     mean = panel_rows(looks(), "mean")[0].panels
     assert mean[0].heat is None and np.allclose(mean[1].heat, looks().maps[0].mean(0))
     assert [row.title for row in panel_rows(looks(), "queries")] == ["teacher, per query", "latent steps"]
+
+
+HOP_BOXES = ((0.0, 0.0, 0.5, 0.5), (0.5, 0.5, 1.0, 1.0), (0.0, 0.5, 0.5, 1.0))
+
+
+def labels(row):
+    return [panel.label.replace("\u202f", " ") for panel in row.panels]
+
+
+def hop_shares(answer, hop, box):
+    rows, columns = (slice(round(4 * box[n]), round(4 * box[n + 2])) for n in (1, 0))
+    return [float(one[rows, columns].sum()) for one in answer.maps[0][2 * hop : 2 * hop + 2]]
+
+
+def test_rows_of_a_figure_with_several_hops():
+    answer = looks(boxes=HOP_BOXES, steps=2, spans=3)
+    shares = [hop_shares(answer, hop, box) for hop, box in enumerate(HOP_BOXES)]
+    assert len({round(share, 3) for hop in shares for share in hop}) == 6
+    rows = panel_rows(answer)
+    assert [row.title for row in rows] == [
+        "mean over latent steps", "hop 1 of 3", "hop 2 of 3", "hop 3 of 3", "teacher of box 1, per query",
+        "teacher of box 2, per query", "teacher of box 3, per query",
+    ]  # fmt: skip
+    words = [[f"{100 * share:.0f} % in box" for share in [*hop, sum(hop) / 2]] for hop in shares]
+    assert labels(rows[0]) == ["image and boxes", "mean", *(f"hop {n + 1}, mean: {words[n][2]}" for n in range(3))]
+    for hop, row in enumerate(rows[1:4]):
+        steps = [f"hop {hop + 1}, step {step + 1}: {words[hop][step]}" for step in range(2)]
+        assert labels(row) == [*steps, f"teacher of box {hop + 1}: mean"]
+        assert [panel.span for panel in row.panels] == [hop] * 3
+        assert np.array_equal(row.panels[1].heat, answer.maps[0][2 * hop + 1])
+    assert [labels(row) for row in panel_rows(answer, "steps")] == [labels(row)[:2] for row in rows[1:4]]
+    (means,) = panel_rows(answer, "mean")
+    assert labels(means)[2:4] == [f"hop 1, mean: {words[0][2]}", "teacher of box 1: mean"]
+    assert [row.title for row in panel_rows(answer, "queries")] == [
+        title for n in (1, 2, 3) for title in (f"teacher of box {n}, per query", f"hop {n} of 3")
+    ]
+
+
+def test_a_box_alone_belongs_to_every_hop_and_boxes_may_lie_in_two_images():
+    alone = looks(steps=2, spans=2)
+    assert alone.in_own_box() == alone.in_box() and alone.shares() == alone.in_boxes()
+    assert labels(panel_rows(alone)[2])[2] == "teacher: mean"
+    assert [row.title for row in panel_rows(alone, "queries")] == ["teacher, per query", "hop 1 of 2", "hop 2 of 2"]
+    fewer = looks(boxes=HOP_BOXES[:2], steps=2, spans=3)
+    assert fewer.in_own_box()[4:] == [None, None] and None not in fewer.in_own_box()[:4]
+    assert labels(panel_rows(fewer)[3]) == ["hop 3, step 1", "hop 3, step 2"]
+    two = replace(looks(sizes=((4, 4), (4, 4)), boxes=HOP_BOXES, steps=2, spans=3), box_images=(0, 1, 0))
+    assert [share is None for share in two.shares(0)] == [False, False, True, True, False, False]
+    assert [share is None for share in two.shares(1)] == [True, True, False, False, True, True]
+    assert two.shown_boxes(1, 1) == [(2, HOP_BOXES[1])] and two.shown_boxes(0, 1) == []
+    assert two.shown_boxes(0, None) == [(1, HOP_BOXES[0]), (3, HOP_BOXES[2])]
+    assert looks(boxes=HOP_BOXES).shown_boxes(0, 0) == [(None, box) for box in HOP_BOXES]
+    assert "teacher of box 2: mean" in labels(panel_rows(two)[8])
+
+
+def test_each_hop_shows_its_own_box_with_its_number():
+    answer = looks(boxes=HOP_BOXES, steps=2, spans=3)
+    plain, rows = photo().convert("L").convert("RGB"), panel_rows(answer)
+    changed = []
+    for hop in range(3):
+        panel = rows[1 + hop].panels[0]
+        bare, drawn = (np.asarray(painted(plain, panel, boxes, 1.0)) for boxes in ((), answer.shown_boxes(0, hop)))
+        y, x = (bare != drawn).any(-1).nonzero()
+        changed.append((x.min() / 120, y.min() / 120, x.max() / 120, y.max() / 120))
+    for box, edges in zip(HOP_BOXES, changed):
+        assert edges[0] == pytest.approx(box[0], abs=0.05) and edges[2] == pytest.approx(box[2], abs=0.05)
+    # The number stands above the second box.
+    assert changed[1][1] < HOP_BOXES[1][1] - 0.05
+    everything = painted(plain, rows[0].panels[0], answer.shown_boxes(0, None), 1.0)
+    assert not np.array_equal(everything, painted(plain, rows[0].panels[0], [(None, box) for box in HOP_BOXES], 1.0))
+
+
+@pytest.mark.parametrize("size", SHAPES[:3])
+@pytest.mark.parametrize("kind", ["all", "steps", "mean", "queries"])
+def test_figures_and_frames_of_several_hops(size, kind):
+    answer = looks(boxes=HOP_BOXES, steps=2, spans=3)
+    figure = look_figure(answer, [photo(*size)], "start at the red note , follow 2 times : what digit ?", kind)
+    assert 560 <= figure.width <= 1760
+    frames = look_frames(answer, [photo(*size)], "what is it?")
+    assert len(frames) == 6 and len({frame.size for frame in frames}) == 1
+    assert len({frame.tobytes() for frame in frames}) == 6
+
+
+def test_a_page_groups_steps_by_hop():
+    answer = looks(sizes=((4, 4), (2, 6)), boxes=HOP_BOXES, steps=2, spans=3)
+    page = render_card(answer, [photo(), photo()], "q")
+    assert re.findall(r"<h4>(.*?)</h4>", page) == ["Hop 1", "Hop 2", "Hop 3"] * 2
+    assert page.count('class="step"') == 12 and page.count('type="range"') == 2 and page.count('max="6"') == 2
+    assert page.count("Attention at each latent step, hop 2, image 1") == 1
+    assert page.count('<span class="meter"') == 6 and page.count("teacher of box 2: mean</span>") == 1
+    assert "<h4>" not in render_card(looks(), [photo()], "q")
 
 
 def test_one_scale_for_all_maps_of_a_figure():
@@ -196,6 +285,7 @@ def test_one_question(visualize, tmp_path, tiny, ending, more):
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
     assert told["steps"] >= tiny.SLOTS and len(told["in_box"]) == told["steps"]
+    assert told["span"] == [step // tiny.SLOTS for step in range(told["steps"])]
     assert told["attention"].startswith("language model" if more else "student")
     if ending == "html":
         assert '<div class="looks">' in (tmp_path / "a.html").read_text()
@@ -229,6 +319,16 @@ def test_one_question(visualize, tmp_path, tiny, ending, more):
 def test_bad_input(visualize, words, message):
     done = visualize(*words)
     assert done.returncode == 2 and message in done.stderr, done.stderr
+
+
+def test_shares_are_printed_hop_by_hop():
+    from vreflection.cli.visualize import _told
+
+    result = {"answer": "5", "attention": "student", "out": "a.png"}
+    one = _told({**result, "span": [0, 0], "in_box": [0.5, 0.25]})
+    assert "in the box per step: 50 %, 25 %\n" in one
+    two = _told({**result, "span": [0, 0, 1], "in_box": [0.5, 0.25, None]})
+    assert "in the box per step: hop 1: 50 %, 25 %; hop 2: –\n" in two
 
 
 def test_a_model_without_latents(visualize, tiny, tmp_path):

@@ -14,7 +14,8 @@ def command(
     image: Annotated[list[Path] | None, typer.Option(help="image file; again for several images")] = None,
     question: Annotated[str | None, typer.Option(help="what to ask about the image")] = None,
     box: Annotated[
-        list[str] | None, typer.Option(help="x0,y0,x1,y1 as fractions of the (first) image, for the teacher and shares")
+        list[str] | None,
+        typer.Option(help="x0,y0,x1,y1 as fractions of the (first) image; again for the box of the next hop"),
     ] = None,
     rows: Annotated[Path | None, typer.Option(help="training rows: a gallery of all of them instead")] = None,
     image_folder: Annotated[Path | None, typer.Option(help="root of the images of --rows")] = None,
@@ -61,6 +62,11 @@ def _told(result: dict) -> str:
         more = len(result["unusable"]) - 5
         tail = f"\n  and {more} more" if more > 0 else ""
         return f"{result['rows']} rows, {result['with_maps']} with maps: {result['out']}{left}{tail}"
-    shares = result["in_box"]
-    inside = "" if not shares else f"\nin the box per step: {', '.join(f'{100 * share:.0f} %' for share in shares)}"
+    inside = ""
+    if result["in_box"]:
+        words = ["–" if share is None else f"{100 * share:.0f} %" for share in result["in_box"]]
+        hops = range(max(result["span"]) + 1)
+        own = [", ".join(word for word, span in zip(words, result["span"]) if span == hop) for hop in hops]
+        of_hops = own if len(own) == 1 else [f"hop {hop + 1}: {text}" for hop, text in enumerate(own)]
+        inside = f"\nin the box per step: {'; '.join(of_hops)}"
     return f"answer: {result['answer'].strip()}\nattention: {result['attention']}{inside}\n{result['out']}"

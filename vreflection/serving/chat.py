@@ -30,7 +30,7 @@ from .text_stream import TextStream
 from .worker import Worker
 
 FINISH = {"eos": "stop", "max_new_tokens": "length", "max_length": "length"}
-# Maps of an answer's spans from a number on; box j belongs to span j.
+# Maps of an answer's spans from a number on; box j belongs to span j, a box alone to every span.
 Maps = Callable[[Prompt, Generation, Sequence[Box], int], dict[str, Any]]
 
 
@@ -358,7 +358,7 @@ class ChatService:
             if "maps" in asked.include and self.maps is not None and job.prompt.image_grid_thw is not None:
                 tokens = self.decoder.prefill.features.of([job.prompt])[0]
                 seen = replace(job.prompt, pixel_values=None, image_features=tokens)
-                boxes = asked.boxes or ([] if asked.box is None else [asked.box] * max(spans, 1))
+                boxes = asked.boxes or ([] if asked.box is None else [asked.box])
                 made["maps"] = self.maps(seen, answer, boxes, first)
             return made
 

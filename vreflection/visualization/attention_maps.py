@@ -101,8 +101,8 @@ class Looks:
         span: per step, the span it belongs to, from 0.
         latents: `(N, D)` states consumed.
         image_mass: `(images, N)`, with the language model: share of its attention that goes to each image at all.
-        boxes, box_images: given ones, and the image each lies in. teacher: per box `(Q, h, w)`, where the checkpoint
-            carries the teacher; sums to one, zero outside the box.
+        boxes, box_images: given ones, box j belonging to span j, and the image each lies in. teacher: per box
+            `(Q, h, w)`, where the checkpoint carries the teacher; sums to one, zero outside the box.
     """
 
     attention: Attention
@@ -124,10 +124,47 @@ class Looks:
         """Per step, share of the attention inside a given box: on the tokens it covers under the window rule."""
         return share_in_box(self.maps[self.box_images[box]], self.boxes[box])
 
+    @property
+    def spans(self) -> int:
+        return max(self.span, default=-1) + 1
+
+    def box_of(self, span: int) -> int | None:
+        """Number of the box that belongs to a span: box j to span j, a box alone to every span."""
+        if len(self.boxes) == 1:
+            return 0
+        return span if span < len(self.boxes) else None
+
     def in_own_box(self) -> list[float | None]:
-        """Per step, share of the attention inside the box of its span: box j belongs to span j. None without one."""
+        """Per step, share of the attention inside the box that belongs to its span; None without one."""
         shares = [self.in_box(box) for box in range(len(self.boxes))]
-        return [shares[span][step] if span < len(shares) else None for step, span in enumerate(self.span)]
+        own = [self.box_of(span) for span in self.span]
+        return [None if box is None else shares[box][step] for step, box in enumerate(own)]
+
+    def shares(self, image: int = 0) -> list[float | None] | None:
+        """Per step, share inside the boxes that a figure shows with it; None where an image has no boxes.
+
+        An answer of one span has all boxes in it; with several, each has its own, which may lie in another image.
+        """
+        if self.spans < 2 or len(self.boxes) < 2:
+            shares = self.in_boxes(image)
+            return None if shares is None else list(shares)
+        if not self.boxes_of(image):
+            return None
+        own = [self.box_of(span) for span in self.span]
+        here = [box is not None and self.box_images[box] == image for box in own]
+        return [share if shown else None for share, shown in zip(self.in_own_box(), here)]
+
+    def shown_boxes(self, image: int, span: int | None) -> list[tuple[int | None, Box]]:
+        """Boxes to draw on an image: all, or with a map of one of several spans the one that is its own.
+
+        Returns:
+            pairs of a number from 1 and a box; None for the number unless several boxes belong to several spans.
+        """
+        numbers = [number for number, place in enumerate(self.box_images) if place == image]
+        if span is not None and self.spans > 1:
+            numbers = [number for number in numbers if number == self.box_of(span)]
+        numbered = self.spans > 1 and len(self.boxes) > 1
+        return [(number + 1 if numbered else None, self.boxes[number]) for number in numbers]
 
     def boxes_of(self, image: int) -> list[Box]:
         return [box for box, place in zip(self.boxes, self.box_images) if place == image]

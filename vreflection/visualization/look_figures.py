@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont, features
 from ..data.atomic import atomic_write
 from ..errors import ConfigError
 from .attention_maps import Looks
-from .look_panels import Panel, PanelRow, painted, panel_rows, scale_top, tile
+from .look_panels import Panel, PanelRow, painted, panel_rows, scale_top, step_panels, tile
 from .overlays import colour_strip
 from .svg import NARROW_SPACE, number
 
@@ -140,8 +140,10 @@ def look_figure(
     _head(sheet, looks, question)
     for row, cell in zip(rows, cells):
         sheet.write(row.title[:1].upper() + row.title[1:], 16, space=8)
-        boxes = looks.boxes_of(row.image)
-        pictures = [painted(tiles[row.image], panel, boxes, top_weight) for panel in row.panels]
+        pictures = [
+            painted(tiles[row.image], panel, looks.shown_boxes(row.image, panel.span), top_weight)
+            for panel in row.panels
+        ]
         sheet.place(pictures, [panel.label for panel in row.panels], cell)
         sheet.y += 6
     sheet.scale(top_weight, _clipped(rows, top_weight))
@@ -151,7 +153,7 @@ def look_figure(
 def look_frames(
     looks: Looks, images: Sequence[Image.Image], question: str, top: float | None = None
 ) -> list[Image.Image]:
-    """One frame per latent step, all of one size and scale: image, this step's map, and the mean.
+    """One frame per latent step, all of one size and scale: image, this step's map, and the mean of its span.
 
     Raises:
         ConfigError: see `panel_rows`.
@@ -160,19 +162,22 @@ def look_frames(
     top_weight = scale_top([*steps, *means], top)
     tiles = [tile(image, FRAME_TILE) for image in images]
     trios = [
-        [(mean.panels[0], step, mean.panels[1]) for step in row.panels] for row, mean in zip(steps, means, strict=True)
+        [(mean.panels[0], step, _mean_beside(step, mean)) for step in step_panels(steps, mean.image)] for mean in means
     ]
     cells = [
-        max(_cell(PanelRow("", row.image, trio), tiles[row.image]) for trio in of_row)
-        for row, of_row in zip(steps, trios)
+        max(_cell(PanelRow("", mean.image, trio), tiles[mean.image]) for trio in of_image)
+        for mean, of_image in zip(means, trios)
     ]
     frames = []
     for number_of_step in range(looks.steps):
         sheet = Sheet(max(LEAST_WIDTH, *(3 * cell + 2 * GAP + 2 * MARGIN for cell in cells)))
         _head(sheet, looks, question)
-        for row, of_row, cell in zip(steps, trios, cells):
-            boxes, trio = looks.boxes_of(row.image), of_row[number_of_step]
-            pictures = [painted(tiles[row.image], panel, boxes, top_weight) for panel in trio]
+        for mean, of_image, cell in zip(means, trios, cells):
+            trio = of_image[number_of_step]
+            pictures = [
+                painted(tiles[mean.image], panel, looks.shown_boxes(mean.image, panel.span), top_weight)
+                for panel in trio
+            ]
             sheet.place(pictures, [panel.label for panel in trio], cell)
         sheet.scale(top_weight, _clipped([*steps, *means], top_weight))
         frame = sheet.drawn()
@@ -196,7 +201,9 @@ def training_figure(
     sheet.write(title, 16, most=2)
     for row, cell in zip(rows, cells):
         sheet.write(row.title[:1].upper() + row.title[1:], 15)
-        sheet.place([painted(photo, panel, [box], top) for panel in row.panels], [p.label for p in row.panels], cell)
+        sheet.place(
+            [painted(photo, panel, [(None, box)], top) for panel in row.panels], [p.label for p in row.panels], cell
+        )
     sheet.scale(top, False)
     return sheet.drawn()
 
@@ -234,6 +241,12 @@ def write_animation(frames: Sequence[Image.Image], path: Path, milliseconds: int
     with atomic_write(path) as file:
         file.write(buffer.getvalue())
     return path
+
+
+def _mean_beside(step: Panel, mean: PanelRow) -> Panel:
+    """The mean of the step's span, or of all steps where there is but one."""
+    own = [panel for panel in mean.panels if panel.span is not None and panel.span == step.span]
+    return own[0] if own else mean.panels[1]
 
 
 def _head(sheet: Sheet, looks: Looks, question: str) -> None:

@@ -15,7 +15,7 @@ from .._version import __version__
 from ..data.atomic import atomic_write
 from ..errors import ConfigError
 from .attention_maps import Looks
-from .look_panels import painted, panel_rows, scale_top, tile
+from .look_panels import Panel, painted, panel_rows, scale_top, tile
 from .overlays import colour_bar, data_uri
 from .report import page_environment
 
@@ -62,22 +62,34 @@ def render_card(
 
 
 def _image(looks: Looks, photo: Image.Image, number: int, rows, weight: float, name: str) -> dict[str, Any]:
-    boxes, shares = looks.boxes_of(number), looks.in_boxes(number)
     own = [row for row in rows if row.image == number]
 
-    def pictures(row) -> list[tuple[str, str]]:
-        return [(data_uri(painted(photo, p, boxes, weight), quality=QUALITY), p.label) for p in row.panels]
+    def pictures(panels: Sequence[Panel]) -> list[tuple[str, str, float | None]]:
+        return [
+            (
+                data_uri(painted(photo, panel, looks.shown_boxes(number, panel.span), weight), quality=QUALITY),
+                panel.label,
+                panel.share,
+            )
+            for panel in panels
+        ]
 
-    mean, steps, *queries = own
+    mean, steps, queries = own[0], own[1 : 1 + looks.spans], own[1 + looks.spans :]
+    counts = [looks.span.count(span) for span in range(looks.spans)]
     return {
         "name": name,
         "size": photo.size,
-        "views": pictures(mean),
-        "steps": [
-            (picture, label, None if shares is None else shares[place])
-            for place, (picture, label) in enumerate(pictures(steps))
+        "views": pictures(mean.panels),
+        "hops": [
+            {
+                "title": f"Hop {span + 1}" if looks.spans > 1 else "",
+                "steps": pictures(row.panels[: counts[span]]),
+                "teacher": pictures(row.panels[counts[span] :]),
+            }
+            for span, row in enumerate(steps)
         ],
-        "queries": [(row.title[:1].upper() + row.title[1:], pictures(row)) for row in queries],
+        "count": looks.steps,
+        "queries": [(row.title[:1].upper() + row.title[1:], pictures(row.panels)) for row in queries],
     }
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from ..errors import ConfigError
 from .attention_maps import Looks
@@ -20,10 +20,16 @@ SHORTEST_SIDE = 16
 
 @dataclass(frozen=True)
 class Panel:
-    """One picture of a row: a map over the image, or the photograph itself where `heat` is None."""
+    """One picture of a row: a map over the image, or the photograph itself where `heat` is None.
+
+    Attributes:
+        span: the span that the map belongs to. share: of the map in the boxes drawn on it.
+    """
 
     label: str
     heat: np.ndarray | None = None
+    span: int | None = None
+    share: float | None = None
 
 
 @dataclass(frozen=True)
@@ -40,7 +46,8 @@ def panel_rows(looks: Looks, kind: str = "all") -> list[PanelRow]:
 
     Args:
         kind: `mean` (photograph, mean over steps, mean of the teacher), `steps` (one map per latent step), `queries`
-            (per query of the teacher its map, and below it what the step of that number looks at), or `all`.
+            (per query of the teacher its map, and below it what the step of that number looks at), or `all`. With
+            several spans, a row per span, and a mean for each.
 
     Raises:
         ConfigError: an unknown kind, an answer without a finished span, or `queries` without a teacher's map.
@@ -60,16 +67,28 @@ def panel_rows(looks: Looks, kind: str = "all") -> list[PanelRow]:
     rows: list[PanelRow] = []
     for image in range(len(looks.maps)):
         name = f"Image {image + 1} of {len(looks.maps)}: " if len(looks.maps) > 1 else ""
-        steps, queries = _step_panels(looks, image), _teacher_rows(looks, image, name)
+        queries = _teacher_rows(looks, image, name)
         if kind in ("all", "mean"):
-            rows.append(PanelRow(f"{name}mean over latent steps", image, _mean_panels(looks, image)))
+            rows.append(PanelRow(f"{name}mean over latent steps", image, _mean_panels(looks, image, kind)))
         if kind in ("all", "steps"):
-            rows.append(PanelRow(f"{name}latent steps", image, steps))
+            rows += _step_rows(looks, image, name, with_teacher=kind == "all")
         if kind == "all":
-            rows += queries
+            rows += queries.values()
         elif kind == "queries" and queries:
-            rows += [*queries, PanelRow(f"{name}latent steps", image, steps)]
+            # Under a box's teacher the steps of the spans it belongs to.
+            spans = range(looks.spans) if looks.spans > 1 else ()
+            rows += [row for box, row in queries.items() if box not in map(looks.box_of, spans)]
+            for span, row in enumerate(_step_rows(looks, image, name)):
+                box = looks.box_of(span) if looks.spans > 1 else None
+                if box in queries:
+                    rows.append(queries.pop(box))
+                rows.append(row)
     return rows
+
+
+def step_panels(rows: Sequence[PanelRow], image: int) -> list[Panel]:
+    """Of `panel_rows(looks, "steps")`, one image's panels step by step."""
+    return [panel for row in rows if row.image == image for panel in row.panels]
 
 
 def scale_top(rows: Sequence[PanelRow], given: float | None = None) -> float:
@@ -82,20 +101,37 @@ def scale_top(rows: Sequence[PanelRow], given: float | None = None) -> float:
 
 
 def step_labels(looks: Looks) -> list[str]:
-    """`step 1` and so on, with the span's number where there are several."""
-    labels, counts = [], [0] * (max(looks.span, default=0) + 1)
+    """`step 1` and so on, with the hop where there are several spans."""
+    labels, counts = [], [0] * looks.spans
     for span in looks.span:
         counts[span] += 1
-        labels.append(f"span {span + 1}, step {counts[span]}" if len(counts) > 1 else f"step {counts[span]}")
+        labels.append(f"{_hop(looks, span)}step {counts[span]}")
     return labels
 
 
-def painted(image: Image.Image, panel: Panel, boxes: Sequence[Sequence[float]], top: float) -> Image.Image:
-    """The panel's picture over an image of the size wanted."""
+def painted(
+    image: Image.Image, panel: Panel, boxes: Sequence[tuple[int | None, Sequence[float]]], top: float
+) -> Image.Image:
+    """The panel's picture over an image of the size wanted, with boxes and their numbers (`Looks.shown_boxes`)."""
     picture = image if panel.heat is None else attention_overlay(image, panel.heat, None, top)
-    for box in boxes:
+    for _, box in boxes:
         picture = outline_box(picture, box)
+    for number, box in boxes:
+        if number is not None:
+            _write_number(picture, box, number)
     return picture
+
+
+def _write_number(picture: Image.Image, box: Sequence[float], number: int) -> None:
+    """At the box's upper left corner: above it where there is room, so that it covers nothing of it."""
+    side = max(11, round((picture.width * picture.height) ** 0.5 / 13))
+    left = min(max(round(box[0] * picture.width) - 1, 0), max(picture.width - side, 0))
+    above = round(box[1] * picture.height) - side
+    top = above if above >= 0 else max(min(round(box[3] * picture.height), picture.height - side), 0)
+    draw = ImageDraw.Draw(picture)
+    draw.rectangle((left, top, left + side - 1, top + side - 1), fill=(255, 255, 255), outline=(16, 16, 16))
+    middle = (left + side / 2, top + side / 2)
+    draw.text(middle, str(number), fill=(16, 16, 16), font=ImageFont.load_default(round(0.8 * side)), anchor="mm")
 
 
 def tile(image: Image.Image, side: int) -> Image.Image:
@@ -105,37 +141,90 @@ def tile(image: Image.Image, side: int) -> Image.Image:
     return image.convert("RGB").resize((size[0], size[1]), Image.Resampling.LANCZOS)
 
 
-def _step_panels(looks: Looks, image: int) -> tuple[Panel, ...]:
-    shares = looks.in_boxes(image)
+def _hop(looks: Looks, span: int) -> str:
+    return f"hop {span + 1}, " if looks.spans > 1 else ""
+
+
+def _with_share(label: str, share: float | None) -> str:
+    return label if share is None else f"{label}: {percent(share, 0)} in box"
+
+
+def _mean_share(shares: Sequence[float | None]) -> float | None:
+    known = [share for share in shares if share is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _step_rows(looks: Looks, image: int, name: str, with_teacher: bool = False) -> list[PanelRow]:
+    """A row of latent steps per span; with several spans, the teacher's map of a span's box at the row's end."""
+    shares = looks.shares(image) or [None] * looks.steps
     heats = looks.maps[image].numpy()
-    return tuple(
-        Panel(label if shares is None else f"{label}: {percent(shares[step], 0)} in box", heats[step])
+    panels = [
+        Panel(_with_share(label, shares[step]), heats[step], looks.span[step], shares[step])
         for step, label in enumerate(step_labels(looks))
-    )
+    ]
+    if looks.spans < 2:
+        return [PanelRow(f"{name}latent steps", image, tuple(panels))]
+    rows = []
+    for span in range(looks.spans):
+        own = [panel for panel in panels if panel.span == span]
+        own += _teacher_panel(looks, image, span, with_teacher)
+        rows.append(PanelRow(f"{name}hop {span + 1} of {looks.spans}", image, tuple(own)))
+    return rows
 
 
-def _mean_panels(looks: Looks, image: int) -> tuple[Panel, ...]:
-    shares, boxes = looks.in_boxes(image), looks.boxes_of(image)
-    mean = "mean" if shares is None else f"mean: {percent(sum(shares) / len(shares), 0)} in box"
-    panels = [Panel("image and box" if boxes else "image"), Panel(mean, looks.maps[image].mean(0).numpy())]
-    for number, maps in _teacher_of(looks, image):
-        panels.append(Panel(f"teacher{number}: mean", maps.mean(0)))
+def _teacher_panel(looks: Looks, image: int, span: int, wanted: bool = True) -> list[Panel]:
+    """The mean of the teacher's maps of a span's own box, where it lies in this image."""
+    box = looks.box_of(span)
+    if not wanted or looks.teacher is None or box is None or looks.box_images[box] != image:
+        return []
+    return [Panel(f"{_teacher_of_box(looks, box)}: mean", looks.teacher[box].mean(0).numpy(), span)]
+
+
+def _mean_panels(looks: Looks, image: int, kind: str) -> tuple[Panel, ...]:
+    shares, boxes = looks.shares(image), looks.boxes_of(image)
+    maps = looks.maps[image]
+    words = "image and boxes" if len(boxes) > 1 and looks.spans > 1 else "image and box"
+    panels = [Panel(words if boxes else "image")]
+    # Of several boxes the mean over all hops has no one to be in.
+    own_boxes = looks.spans > 1 and len(looks.boxes) > 1
+    share = None if shares is None or own_boxes else _mean_share(shares)
+    panels.append(Panel(_with_share("mean", share), maps.mean(0).numpy(), None, share))
+    if looks.spans < 2:
+        panels += [Panel(f"{words}: mean", heats.mean(0)) for _, words, heats in _teacher_of(looks, image)]
+        return tuple(panels)
+    for span in range(looks.spans):
+        steps = [step for step, place in enumerate(looks.span) if place == span]
+        share = None if shares is None else _mean_share([shares[step] for step in steps])
+        panels.append(Panel(_with_share(f"hop {span + 1}, mean", share), maps[steps].mean(0).numpy(), span, share))
+        panels += _teacher_panel(looks, image, span, kind == "mean")
     return tuple(panels)
 
 
-def _teacher_rows(looks: Looks, image: int, name: str) -> list[PanelRow]:
-    return [
-        PanelRow(
-            f"{name}teacher{number}, per query",
-            image,
-            tuple(Panel(f"query {query + 1}", heat) for query, heat in enumerate(maps)),
-        )
-        for number, maps in _teacher_of(looks, image)
-    ]
+def _teacher_rows(looks: Looks, image: int, name: str) -> dict[int, PanelRow]:
+    """By number of the box."""
+    # A teacher's map shows its own box alone where each span has one.
+    own_box = looks.spans > 1 and len(looks.boxes) > 1
+    rows = {}
+    for box, words, heats in _teacher_of(looks, image):
+        panels = (Panel(f"query {query + 1}", heat, box if own_box else None) for query, heat in enumerate(heats))
+        rows[box] = PanelRow(f"{name}{words}, per query", image, tuple(panels))
+    return rows
 
 
-def _teacher_of(looks: Looks, image: int) -> list[tuple[str, np.ndarray]]:
-    """The teacher's maps of an image's boxes, numbered where there are several."""
-    pairs = zip(looks.teacher or (), looks.box_images)  # as many as boxes, or none
-    found = [maps.numpy() for maps, place in pairs if place == image]
-    return [(f" of box {number + 1}" if len(found) > 1 else "", maps) for number, maps in enumerate(found)]
+def _teacher_of(looks: Looks, image: int) -> list[tuple[int, str, np.ndarray]]:
+    """The teacher's maps of an image's boxes, with the number of the box and what to call them."""
+    if looks.teacher is None:
+        return []
+    boxes = [box for box, place in enumerate(looks.box_images) if place == image]
+    named = []
+    for place, box in enumerate(boxes):
+        if looks.spans > 1:
+            words = _teacher_of_box(looks, box)
+        else:
+            words = f"teacher of box {place + 1}" if len(boxes) > 1 else "teacher"
+        named.append((box, words, looks.teacher[box].numpy()))
+    return named
+
+
+def _teacher_of_box(looks: Looks, box: int) -> str:
+    return f"teacher of box {box + 1}" if len(looks.boxes) > 1 else "teacher"

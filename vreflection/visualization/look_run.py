@@ -21,7 +21,7 @@ from ..model.checkpoint import local_folder
 from ..model.modeling import VReflectionForConditionalGeneration
 from ..model.processor import VReflectionProcessor
 from ..model.weight_files import DTYPES
-from .attention_maps import Attention, Box, check_takes_latents, checked_box, look
+from .attention_maps import Attention, Box, Looks, check_takes_latents, checked_box, look
 from .look_figures import ANIMATIONS, look_figure, look_frames, write_animation, write_figure
 from .look_page import Gallery, PageFacts, render_card, write_look_page
 from .look_panels import KINDS
@@ -139,8 +139,16 @@ def run_look(settings: LookSettings) -> dict[str, Any]:
         "answer": found.answer,
         "attention": found.attention.title,
         "steps": found.steps,
-        "in_box": found.in_boxes(found.box_images[0]) if found.boxes else None,
+        "span": list(found.span),
+        "in_box": _shares(found),
     }
+
+
+def _shares(looks: Looks) -> list[float | None] | None:
+    """Per step, in the box of its span; of an answer with one span, in any box of the first one's image."""
+    if not looks.boxes:
+        return None
+    return looks.shares(looks.box_images[0]) if looks.spans < 2 else looks.in_own_box()
 
 
 def run_gallery(settings: LookSettings, on_progress: Progress | None = None) -> dict[str, Any]:
