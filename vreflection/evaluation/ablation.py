@@ -3,7 +3,7 @@
 In two passes: what the model says and feeds back by itself, then the interventions, of which `swap` needs the first
 pass whole. Every part of either is a file that appears whole, so that an interrupted run goes on.
 
-Shape suffixes: N latents per span, D width, V vocabulary.
+Shape suffixes: S spans of an answer, N latents per span, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from safetensors.torch import load_file, save
 from ..data.atomic import atomic_write
 from ..engine.decoder import LatentDecoder
 from ..engine.requests import Generation, Prompt
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ConfigError
 from ..model.modeling import VReflectionForConditionalGeneration
 from ..model.processor import VReflectionProcessor
 from ..ops.regions import MERGE_SIZE
 from .forced import ForcedScorer, GivenAnswer
-from .interventions import OWN, Intervention, partners_of, replaced_latents, with_span_length
-from .latents import grounding
+from .interventions import OWN, Intervention, in_span, replaced_latents, with_span_length
+from .latents import grounding, hop_grounding, partners_of
 from .questions import extract_answer
 
 LENS = 5  # tokens kept per latent step
@@ -39,7 +39,9 @@ class Question:
     """One question as an ablation sees it.
 
     Attributes:
-        id, group: as in `Item`. image: key of its images. gold: right answer. boxes: gold boxes on the first image.
+        id, group: as in `Item`. image: key of its images. gold: right answer. boxes: gold boxes on the first image,
+            which count together for every span; with `box_images`, each is that of the span of its number, on this of
+            the images.
         prompt: makes the prompt, images and all. read: from the answer's text to what is compared with `gold`.
         max_new_tokens: limit of the answer, latent positions not counted.
     """
@@ -52,6 +54,7 @@ class Question:
     prompt: Callable[[], Prompt]
     read: Callable[[str], str | None]
     max_new_tokens: int
+    box_images: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -73,30 +76,45 @@ class Ablation:
     seed: int = 0
     on_progress: Progress | None = None
 
-    def run(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]], torch.Tensor | None]:
-        """Rows of both passes, in the questions' order, and the first spans' latents `(spans opened, N, D)`."""
+    def run(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[torch.Tensor | None]]:
+        """Rows of both passes, in the questions' order, and per question the latents `(S, N, D)`, if a span opened."""
         (self.folder / "parts").mkdir(parents=True, exist_ok=True)
         decoder = LatentDecoder(self.model, max_batch_size=self.batch, image_cache=self.batch)
         own: list[dict[str, Any]] = []
-        held: list[torch.Tensor | None] = []
+        latents: list[torch.Tensor | None] = []
         for chunk, name in self._chunks(OWN):
-            rows, latents = self._part(decoder, name, lambda chunk=chunk: self._own(decoder, chunk))
+            rows, tensors = self._part(decoder, name, lambda chunk=chunk: self._own(decoder, chunk))
             own += rows
-            held += [latents.get(str(place)) for place in range(len(rows))]
+            latents += [tensors.get(str(place)) for place in range(len(rows))]
             self._tell(OWN, len(own))
-        partners: list[int | None] = [None] * len(own)
-        if any(one.name == "swap" for one in self.interventions):
-            golds, images = [q.gold for q in self.questions], [q.image for q in self.questions]
-            partners = partners_of(golds, images, [z is not None for z in held])
+        partners = self._partners(latents)
         changed: list[dict[str, Any]] = []
         for chunk, name in self._chunks("changed"):
-            given = [None if (j := partners[i]) is None else held[j] for i in chunk]
+            others = [None if (j := partners[i]) is None else latents[j] for i in chunk]
             changed += self._part(
-                decoder, name, lambda c=chunk, g=given: (self._changed(decoder, c, own, held, g), {})
+                decoder, name, lambda c=chunk, o=others: (self._changed(decoder, c, own, latents, o), {})
             )[0]
             self._tell("interventions", len(changed))
-        opened = [z for z in held if z is not None]
-        return own, changed, torch.stack(opened) if opened else None
+        return own, changed, latents
+
+    def _partners(self, latents: Sequence[torch.Tensor | None]) -> list[int | None]:
+        """Whose latents each question gets under `swap`, if any.
+
+        Raises:
+            ConfigError: no question has a partner.
+        """
+        if not any(one.kind == "swap" for one in self.interventions):
+            return [None] * len(latents)
+        partners = partners_of(
+            [q.gold for q in self.questions], [q.image for q in self.questions],
+            [0 if z is None else len(z) for z in latents], [z is not None for z in latents],
+        )  # fmt: skip
+        if any(z is not None for z in latents) and not any(partner is not None for partner in partners):
+            raise ConfigError(
+                "interventions: swap needs questions with other answers on other images that opened as many spans; "
+                f"none of {len(latents)} has one. Ask more, or leave swap out"
+            )
+        return partners
 
     def _tell(self, phase: str, done: int) -> None:
         if self.on_progress is not None:
@@ -143,10 +161,10 @@ class Ablation:
             row = {"id": question.id, "group": question.group, "gold": question.gold, **self._said(question, answer)}
             row |= {"tokens": answer.tokens, "latent": answer.latent, "text_norm": self._text_norm(answer)}
             if answer.latents is not None and len(answer.latents):
-                tensors[str(place)] = answer.latents[0].float().cpu().contiguous()
-                row["lens"] = self._lens(answer.latents[0])
+                tensors[str(place)] = answer.latents.float().cpu().contiguous()
+                row["lens"] = [self._lens(latents) for latents in answer.latents]
                 if question.boxes and self.model.config.traits.student and answer.probes is not None:
-                    row["grounding"] = self._grounding(question, prompts[place], answer.probes[0])
+                    row["grounding"] = self._grounding(question, prompts[place], answer.probes)
             rows.append(row)
         return rows, tensors
 
@@ -202,18 +220,22 @@ class Ablation:
             for ids, values, h in zip(top.indices.tolist(), top.values.tolist(), entropy)
         ]
 
-    def _grounding(self, question: Question, prompt: Prompt, probes_ND: torch.Tensor) -> dict[str, float]:
-        """Where the student looks with the probes of this answer, against the gold boxes."""
-        grid = prompt.image_grid_thw[0]  # pyright: ignore[reportOptionalSubscript]
-        height, width = int(grid[1]) // MERGE_SIZE, int(grid[2]) // MERGE_SIZE
-        tokens = prompt.image_features[: height * width]  # pyright: ignore[reportOptionalSubscript]
+    def _grounding(self, question: Question, prompt: Prompt, probes_SND: torch.Tensor) -> list[dict[str, Any]]:
+        """Per span, where the student looks with the probes of this answer, against the gold boxes."""
+        grids = [[int(h) // MERGE_SIZE, int(w) // MERGE_SIZE] for _, h, w in prompt.image_grid_thw]  # pyright: ignore
+        of_span = [0] * len(probes_SND)
+        if question.box_images is not None:
+            of_span = list(question.box_images[: len(probes_SND)])
+        probes_SND = probes_SND[: len(of_span)]  # a span beyond the boxes has none to look into
         student = self.model.student_resampler
         dtype = next(student.parameters()).dtype
         _, maps = student(
-            probes_ND[None].to(self.model.device, dtype), tokens.to(self.model.device, dtype), [[height, width]], [0],
+            probes_SND.to(self.model.device, dtype), prompt.image_features.to(self.model.device, dtype), grids, of_span,  # pyright: ignore
             return_attention=True,
         )  # fmt: skip
-        return grounding([maps[0].cpu()], [question.boxes])
+        if question.box_images is None:
+            return [grounding([attention.cpu()], [question.boxes]) for attention in maps]
+        return hop_grounding([[one.cpu() for one in maps]], [question.boxes], images=[question.box_images])  # pyright: ignore
 
     # Second pass
 
@@ -223,38 +245,47 @@ class Ablation:
         decoder: LatentDecoder,
         chunk: range,
         all_own: Sequence[dict[str, Any]],
-        all_held: Sequence[torch.Tensor | None],
+        all_latents: Sequence[torch.Tensor | None],
         partners: Sequence[torch.Tensor | None],
     ) -> list[dict[str, Any]]:
-        own, held = [all_own[i] for i in chunk], [all_held[i] for i in chunk]
+        own, latents = [all_own[i] for i in chunk], [all_latents[i] for i in chunk]
         prompts = [self._encoded(self.questions[i]) for i in chunk]
-        wanted: list[tuple[int, Intervention, torch.Tensor | None]] = []
-        for place, (row, latents) in enumerate(zip(own, held)):
+        reached: list[tuple[int, Intervention, torch.Tensor | None]] = []
+        for place, row in enumerate(own):
             for one in self.interventions:
-                if one.own_latents:
-                    if one.hide_images or row["spans"]:
-                        wanted.append((place, one, None))
-                elif latents is not None:
-                    given = replaced_latents(one.name, latents, partners[place], self.seed, row["id"])
-                    wanted.append((place, one, given))
+                states = self._replacement(one, row["id"], latents[place], partners[place])
+                own_changes = one.own_latents and (one.hide_images or bool(row["spans"]))
+                if own_changes or states is not None:
+                    reached.append((place, one, states))
         requests = [
             self._request(
-                decoder, self.questions[chunk[place]], prompts[place], latents=given, latent_steps=one.steps,
+                decoder, self.questions[chunk[place]], prompts[place],
+                latents=None if states is None else in_span(states, one.span), latent_steps=one.steps,
                 hide_images=one.hide_images,
             )
-            for place, one, given in wanted
+            for place, one, states in reached
         ]  # fmt: skip
         # What an intervention cannot reach stays as it was.
         rows = [{"id": row["id"], **{one.name: _unreached(row) for one in self.interventions}} for row in own]
         answers = decoder.generate(requests)
-        for (place, one, _), answer in zip(wanted, answers):
-            rows[place][one.name] = self._said(self.questions[chunk[place]], answer)
+        for (place, one, _), answer in zip(reached, answers):
+            rows[place][one.name] = {**self._said(self.questions[chunk[place]], answer), "reached": True}
         scorer = ForcedScorer(self.model)
         for place, row in enumerate(own):
-            mine = [(one, given, answer) for (p, one, given), answer in zip(wanted, answers) if p == place]
-            for (one, _, _), value in zip(mine, self._divergences(scorer, prompts[place], row, held[place], mine)):
+            mine = [(one, states, answer) for (p, one, states), answer in zip(reached, answers) if p == place]
+            for (one, _, _), value in zip(mine, self._divergences(scorer, prompts[place], row, latents[place], mine)):
                 rows[place][one.name] |= value
         return rows
+
+    def _replacement(
+        self, one: Intervention, ident: str, own: torch.Tensor | None, partner: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """States `(S, N, D)` that an intervention puts into the spans of an answer, if it does and there are any."""
+        if one.own_latents or own is None or (one.span is not None and one.span > len(own)):
+            return None
+        if one.kind == "swap" and partner is None:
+            return None
+        return replaced_latents(one.kind, own, partner, self.seed, ident)
 
     def _divergences(self, scorer: ForcedScorer, prompt, row, latents: torch.Tensor | None, mine) -> list[dict]:
         """Per intervention, what it does to the answer's content tokens, the model's own text before them throughout.
@@ -265,21 +296,23 @@ class Ablation:
         if not mine:
             return []
         special, tokens, flags = self.processor.token_ids, row["tokens"], row["latent"]
-        nothing = torch.zeros(0, self.model.config.hidden_width)
-        own = nothing if latents is None else latents
-        given = [_given(tokens, flags, own)]
+        own = torch.zeros(0, 1, self.model.config.hidden_width) if latents is None else latents
+        forced = [_given(tokens, flags, own)]
         for one, replacement, answer in mine:
             ids, inside, states = tokens, flags, own if replacement is None else replacement
             if one.steps is not None:
                 ids, inside = with_span_length(tokens, flags, one.steps, special.lvr, special.lvr_start)
-            if one.own_latents and answer.latents is not None and len(answer.latents):
-                states = answer.latents[0].float().cpu()
-            given.append(_given(ids, inside, states, one.hide_images))
-        hidden = scorer.hidden(prompt, given)
+            if (one.own_latents or one.span is not None) and answer.latents is not None and len(answer.latents):
+                # What later spans made of the change; spans that the changed answer never opened stay the own.
+                states = answer.latents.float().cpu()
+                if states.shape[1] == own.shape[1]:
+                    states = torch.cat([states, own[len(states) :]])
+            forced.append(_given(ids, inside, states, one.hide_images))
+        hidden = scorer.hidden(prompt, forced)
         places = answer_places([t for t, f in zip(tokens, flags) if not f], self.processor)
         head = self.model.get_output_embeddings()
         logs = []
-        for one, states in zip(given, hidden):
+        for one, states in zip(forced, hidden):
             text = [place for place, inside in enumerate(one.latent) if not inside]
             rows = states[[text[place] for place in places]]
             logs.append(head(rows.to(head.weight)).float().log_softmax(-1))
@@ -294,16 +327,16 @@ class Ablation:
         ]
 
 
-def _given(tokens: Sequence[int], latent: Sequence[bool], span_ND: torch.Tensor, hide_images: bool = False):
-    """An answer whose every span consumes the same latents, cut where the answer was cut."""
-    count = sum(latent)
-    spans = -(-count // max(len(span_ND), 1))
-    return GivenAnswer(tokens, latent, span_ND.repeat(spans, 1)[:count], hide_images)
+def _given(tokens: Sequence[int], latent: Sequence[bool], states_SND: torch.Tensor, hide_images: bool = False):
+    """An answer whose span j consumes the states of number j modulo S, cut where the answer was cut."""
+    count, states = sum(latent), states_SND.flatten(0, 1)
+    return GivenAnswer(tokens, latent, states.repeat(-(-count // max(len(states), 1)), 1)[:count], hide_images)
 
 
 def _unreached(row: dict[str, Any]) -> dict[str, Any]:
     """What an intervention leaves of an answer that it cannot reach."""
-    return {**{key: row[key] for key in ("text", "answer", "correct", "spans", "closed")}, "kl": 0.0, "kept": True}
+    kept = {key: row[key] for key in ("text", "answer", "correct", "spans", "closed")}
+    return {**kept, "kl": 0.0, "kept": True, "reached": False}
 
 
 def answer_places(ids: Sequence[int], processor: VReflectionProcessor) -> list[int]:

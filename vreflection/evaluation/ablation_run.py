@@ -26,7 +26,6 @@ from .benchmarks import load_benchmark
 from .extraction import EXTRACTORS
 from .fingerprints import file_digest, joined_digest
 from .interventions import chosen_interventions
-from .latents import latent_shape
 from .manifests import differences
 from .protocol import Protocol, load_protocol
 from .questions import expected_answer, extract_answer, prompt_of
@@ -34,6 +33,7 @@ from .records import Item
 from .run import EvalSettings, check_settings, limited, load_model, units
 
 SETTINGS = "ablate.json"
+SCHEMA = 2
 ROW_TOKENS = 64  # limit of an answer to a row of one's own
 
 
@@ -76,6 +76,7 @@ def run_ablation(settings: AblationSettings, on_progress: Progress | None = None
         processor = load_processor(folder, protocol)
         questions = benchmark_questions(asked, protocol, processor)
     about = {
+        "schema": SCHEMA,
         "model": asked.model,
         "digest": joined_digest({path.name: file_digest(path) for path in weight_files(folder)}),
         "stage": config.stage,
@@ -96,9 +97,8 @@ def run_ablation(settings: AblationSettings, on_progress: Progress | None = None
         model, processor, questions, interventions, asked.out, asked.batch_size, asked.force_latent, settings.seed,
         on_progress,
     ).run()  # fmt: skip
-    shape = None if latents is None or not latents.shape[1] else latent_shape(latents)
-    summary = summarize(own, changed, interventions, shape, lambda token: processor.decode([token], False))
-    result = {"schema": 1, **about, "summary": summary, "sentences": sentences(summary)}
+    summary = summarize(own, changed, interventions, latents, lambda token: processor.decode([token], False))
+    result = {**about, "summary": summary, "sentences": sentences(summary)}
     write(asked.out / "ablation.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     write(asked.out / "ablation.md", markdown(summary, f"Ablation of {Path(asked.model).name} on {about['source']}"))
     return result
@@ -173,20 +173,20 @@ def benchmark_questions(asked: EvalSettings, protocol: Protocol, processor: VRef
 
 
 def row_questions(settings: AblationSettings, processor: VReflectionProcessor) -> list[Question]:
-    """The first question of each row; right is the text of its `<answer>`."""
+    """The first question of each row; right is the text of its `<answer>`, and box j belongs to span j."""
 
     rows = open_rows(str(settings.rows), settings.image_folder)
     return [row_question(sample, processor) for sample in islice(rows, settings.evaluation.limit)]
 
 
 def row_question(sample: Sample, processor: VReflectionProcessor) -> Question:
-    first = [tuple(map(float, box)) for box, image in zip(sample.boxes, sample.box_images) if image == 0]
     return Question(
         id=sample.source or sample.question_id,
         group=sample.source or sample.question_id,
         image="|".join(map(str, sample.image_paths)),
         gold=expected_answer(sample),
-        boxes=tuple(first),  # pyright: ignore[reportArgumentType]
+        boxes=tuple(tuple(map(float, box)) for box in sample.boxes),  # pyright: ignore[reportArgumentType]
+        box_images=tuple(map(int, sample.box_images)),
         prompt=lambda: replace(
             Prompt.of(prompt_of(sample, processor, None)), image_keys=tuple(map(str, sample.image_paths))
         ),

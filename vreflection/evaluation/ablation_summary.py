@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from .interventions import OWN, Intervention
+from .latents import latent_shape
 from .statistics import Z95, grouped_wilson, paired, wilson
 
 
@@ -17,10 +19,15 @@ def summarize(
     own: Sequence[Mapping[str, Any]],
     changed: Sequence[Mapping[str, Any]],
     interventions: Sequence[Intervention],
-    shape: Mapping[str, list[float]] | None,
+    latents: Sequence[torch.Tensor | None],
     token_text: Callable[[int], str],
 ) -> dict[str, Any]:
-    """Everything the tables say. `token_text` names a token of the logit lens."""
+    """Everything the tables say.
+
+    Args:
+        own, changed: rows of the two passes. latents: per question the own ones `(S, N, D)`, if a span was opened.
+        token_text: names a token of the logit lens.
+    """
     correct = [bool(row["correct"]) for row in own]
     groups = [row["group"] for row in own]
     rows: list[dict[str, Any]] = [
@@ -33,6 +40,7 @@ def summarize(
             {
                 "name": one.name,
                 "label": one.label,
+                "reached": sum(bool(row["reached"]) for row in said),
                 "accuracy": accuracy(now, groups),
                 "against_own": paired(correct, now, groups).as_dict(),
                 "changed_answers": sum(a["answer"] != b["answer"] for a, b in zip(own, said)) / len(own),
@@ -41,17 +49,62 @@ def summarize(
                 **rates(said),
             }
         )
-    opened = [row for row in own if "lens" in row]
-    norms = [row["text_norm"] for row in own if row["text_norm"] is not None]
     return {
         "n": len(own),
         "opened": sum(bool(row["spans"]) for row in own),
         "interventions": rows,
-        "latents": None
-        if shape is None
-        else {**shape, "text_norm": float(np.mean(norms)) if norms else None, "lens": lens(opened, token_text)},
-        "grounding": grounded(own),
+        "spans": by_span(own, changed, interventions, latents, token_text),
+        "grounding": grounded(row["grounding"] for row in own if "grounding" in row),
     }
+
+
+def by_span(
+    own: Sequence[Mapping[str, Any]],
+    changed: Sequence[Mapping[str, Any]],
+    interventions: Sequence[Intervention],
+    latents: Sequence[torch.Tensor | None],
+    token_text: Callable[[int], str],
+) -> list[dict[str, Any]]:
+    """Per span number, over the answers that went through such a span.
+
+    `changes`: what changing this span alone does to those answers that it reached. `latents`: `latent_shape` of its
+    latents, the norm of hidden states that give text, and the logit lens; `grounding`: attention in its boxes.
+    """
+    norms = [row["text_norm"] for row in own if row["text_norm"] is not None]
+    spans = []
+    for span in range(max((len(z) for z in latents if z is not None), default=0)):
+        having = [place for place, z in enumerate(latents) if z is not None and len(z) > span]
+        states = torch.stack([latents[place][span] for place in having])  # pyright: ignore[reportOptionalSubscript]
+        looks = [own[place]["grounding"][span : span + 1] for place in having if "grounding" in own[place]]
+        shape: dict[str, Any] | None = None
+        if states.shape[1]:
+            lenses = [own[place]["lens"][span] for place in having]
+            shape = {**latent_shape(states), "text_norm": float(np.mean(norms)) if norms else None}
+            shape["lens"] = lens(lenses, token_text)
+        spans.append(
+            {
+                "span": span + 1,
+                "n": len(having),
+                "changes": [change_of_reached(own, changed, one) for one in interventions if one.span == span + 1],
+                "latents": shape,
+                "grounding": grounded(look for look in looks if look),
+            }
+        )
+    return spans
+
+
+def change_of_reached(
+    own: Sequence[Mapping[str, Any]], changed: Sequence[Mapping[str, Any]], one: Intervention
+) -> dict[str, Any]:
+    """An intervention's change of accuracy over the questions it reached."""
+    pairs = [(before, after[one.name]) for before, after in zip(own, changed) if after[one.name]["reached"]]
+    change: dict[str, Any] = {"name": one.name, "kind": one.kind, "reached": len(pairs)}
+    if pairs:
+        before, now = ([bool(row["correct"]) for row in side] for side in zip(*pairs))
+        groups = [row["group"] for row, _ in pairs]
+        change["own"], change["accuracy"] = accuracy(before, groups), accuracy(now, groups)
+        change["against_own"] = paired(before, now, groups).as_dict()
+    return change
 
 
 def accuracy(correct: Sequence[bool], groups: Sequence[str]) -> dict[str, Any]:
@@ -79,30 +132,42 @@ def mean_interval(values: Sequence[float]) -> dict[str, Any]:
     return {"value": mean, "low": max(0.0, mean - half), "high": mean + half, "n": len(held)}
 
 
-def lens(rows: Sequence[Mapping[str, Any]], token_text: Callable[[int], str]) -> list[dict[str, Any]]:
+def lens(lenses: Sequence[Sequence[Mapping[str, Any]]], token_text: Callable[[int], str]) -> list[dict[str, Any]]:
     """Per latent step: the tokens most often likeliest, with the share of questions, and the mean entropy."""
     steps = []
-    for step in range(len(rows[0]["lens"]) if rows else 0):
-        found = [row["lens"][step] for row in rows]
-        tops = Counter(one["ids"][0] for one in found)
+    for of_step in zip(*lenses, strict=True):
+        tops = Counter(one["ids"][0] for one in of_step)
         steps.append(
             {
-                "entropy": float(np.mean([one["entropy"] for one in found])),
-                "chance": float(np.mean([one["chances"][0] for one in found])),
+                "entropy": float(np.mean([one["entropy"] for one in of_step])),
+                "chance": float(np.mean([one["chances"][0] for one in of_step])),
                 "top": [
-                    {"token": token_text(token), "share": count / len(found)} for token, count in tops.most_common(3)
+                    {"token": token_text(token), "share": count / len(of_step)} for token, count in tops.most_common(3)
                 ],
             }
         )
     return steps
 
 
-def grounded(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Attention of the student in the gold boxes, over the questions that have some and opened a span."""
-    found = [row["grounding"] for row in rows if "grounding" in row]
-    if not found:
+def grounded(looks: Iterable[Sequence[Mapping[str, Any]]]) -> dict[str, Any] | None:
+    """Attention of the student in the gold boxes, over questions; of each the mean over the given spans.
+
+    `right_box` counts spans whose own box got more than any other of their question, `chance` what guessing would.
+    """
+    questions = [spans for spans in looks if spans]
+    if not questions:
         return None
-    return {name: mean_interval([one[name] for one in found]) for name in ("mass", "iou", "uniform")}
+    table: dict[str, Any] = {
+        name: mean_interval([float(np.mean([one[name] for one in spans])) for spans in questions])
+        for name in ("mass", "iou", "uniform")
+    }
+    compared = [[one for one in spans if one.get("right_box") is not None] for spans in questions]
+    compared = [spans for spans in compared if spans]
+    if compared:
+        right = np.array([sum(one["right_box"] for one in spans) for spans in compared]).astype(np.int64)
+        table["right_box"] = grouped_wilson(right, np.array([len(spans) for spans in compared])).as_dict()
+        table["chance"] = float(np.mean([one["chance"] for spans in compared for one in spans]))
+    return table
 
 
 def sentences(summary: Mapping[str, Any]) -> list[str]:
@@ -114,11 +179,12 @@ def sentences(summary: Mapping[str, Any]) -> list[str]:
     ]
     for row in others:
         pair = row["against_own"]
-        change = f"{100 * pair['difference']:+.1f} points ({100 * pair['low']:+.1f} to {100 * pair['high']:+.1f})"
+        change = points(pair, " points")
         seen = "changes" if pair["grouped_p"] < 0.05 else "does not measurably change"
         p = "p < 0.001" if pair["grouped_p"] < 0.001 else f"p = {pair['grouped_p']:.3f}"
+        few = "" if row["reached"] in (summary["n"], summary["opened"]) else f", {row['reached']} reached"
         said.append(
-            f"{row['label'][0].upper()}{row['label'][1:]}: {seen} accuracy, {change}, {p}; "
+            f"{row['label'][0].upper()}{row['label'][1:]}: {seen} accuracy, {change}, {p}{few}; "
             f"{100 * row['changed_answers']:.1f} % of the answers differ ({100 * row['unparsed']:.1f} % do not parse). "
             f"With its own text before them, {100 * row['kept']['value']:.1f} % of the answers stay, divergence "
             f"{row['kl']['value']:.3g} nats."
@@ -126,13 +192,23 @@ def sentences(summary: Mapping[str, Any]) -> list[str]:
     gains = [row for row in others if row["name"] in ("zero", "noise", "skip", "swap")]
     if gains and all(row["against_own"]["grouped_p"] >= 0.05 for row in gains):
         said.append("None of the ways to remove or replace the latents changes accuracy: the answers do not need them.")
-    found = summary["grounding"]
-    if found:
+    looks = summary["grounding"]
+    if looks:
         said.append(
-            f"The student puts {100 * found['mass']['value']:.1f} % of its attention into the gold boxes, which cover "
-            f"{100 * found['uniform']['value']:.1f} % of the image ({found['mass']['n']} questions)."
+            f"The student puts {100 * looks['mass']['value']:.1f} % of its attention into the gold boxes, which cover "
+            f"{100 * looks['uniform']['value']:.1f} % of the image ({looks['mass']['n']} questions)."
         )
+        if "right_box" in looks:
+            said.append(
+                f"Of {looks['right_box']['n']} spans, {100 * looks['right_box']['value']:.1f} % look more at their own "
+                f"box than at any other of their question ({100 * looks['chance']:.1f} % by guessing)."
+            )
     return said
+
+
+def points(pair: Mapping[str, Any], unit: str = "") -> str:
+    """A paired difference with its interval, in percentage points."""
+    return f"{100 * pair['difference']:+.1f}{unit} ({100 * pair['low']:+.1f} to {100 * pair['high']:+.1f})"
 
 
 def markdown(summary: Mapping[str, Any], title: str) -> str:
@@ -143,8 +219,12 @@ def markdown(summary: Mapping[str, Any], title: str) -> str:
         "|" + " --- |" * 10,
     ]
     lines += [table_row(row) for row in summary["interventions"]]
-    if summary["latents"]:
-        lines += ["", *latent_table(summary["latents"])]
+    if len(summary["spans"]) > 1:
+        lines += ["", *span_table(summary["spans"])]
+    for span in summary["spans"]:
+        if span["latents"]:
+            heading = [f"## Span {span['span']} ({span['n']} answers)", ""] if len(summary["spans"]) > 1 else []
+            lines += ["", *heading, *latent_table(span["latents"])]
     return "\n".join(lines) + "\n"
 
 
@@ -156,7 +236,7 @@ def table_row(row: Mapping[str, Any]) -> str:
         cells += ["", "", "", share(row["unparsed"]), "", ""]
     else:
         cells += [
-            f"{100 * pair['difference']:+.1f} ({100 * pair['low']:+.1f} to {100 * pair['high']:+.1f})",
+            points(pair),
             f"{pair['grouped_p']:.3g}",
             share(row["changed_answers"]),
             share(row["unparsed"]),
@@ -164,6 +244,33 @@ def table_row(row: Mapping[str, Any]) -> str:
             f"{kl['value']:.3g}" + ("" if kl["low"] is None else f" ({kl['low']:.3g} to {kl['high']:.3g})"),
         ]
     return f"| {' | '.join([*cells, share(row['trigger_rate']), share(row['closed_rate'])])} |"
+
+
+def span_table(spans: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What changing one span alone does to the answers that have it, and where each span looks."""
+    kinds = list(dict.fromkeys(change["kind"] for span in spans for change in span["changes"]))
+    looks = any(span["grounding"] for span in spans)
+    titles = ["span", "answers", *(f"{kind}, this span only: change (95 %)" for kind in kinds)]
+    titles += ["attention in its box", "box's share of the image", "most in its own box (by guessing)"] if looks else []
+    lines = [f"| {' | '.join(titles)} |", "|" + " --- |" * len(titles)]
+    for span in spans:
+        changes = {change["kind"]: change for change in span["changes"]}
+        cells = [str(span["span"]), str(span["n"])]
+        cells += [
+            points(changes[kind]["against_own"]) if changes.get(kind, {}).get("reached") else "" for kind in kinds
+        ]
+        if looks:
+            cells += look_cells(span["grounding"])
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def look_cells(look: Mapping[str, Any] | None) -> list[str]:
+    if look is None:
+        return [""] * 3
+    right = look.get("right_box")
+    compared = "" if right is None else f"{100 * right['value']:.1f} % ({100 * look['chance']:.1f} %)"
+    return [f"{100 * look['mass']['value']:.1f} %", f"{100 * look['uniform']['value']:.1f} %", compared]
 
 
 def latent_table(latents: Mapping[str, Any]) -> list[str]:

@@ -1,13 +1,14 @@
 """What is done to the latents of an answer, and to which checkpoints it can be done.
 
-Shape suffixes: N latents per span, D width.
+Shape suffixes: S spans of an answer, N latents per span, D width.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import torch
@@ -24,7 +25,7 @@ class Intervention:
     Attributes:
         name, label: for files, for tables. needs: the slot inputs of a checkpoint (`StageTraits.slot_input`) for which
             it changes anything. steps: latent positions per span, where others than trained. hide_images: no position
-            after the prompt attends to image tokens.
+            after the prompt attends to image tokens. span: the only span that it changes, from 1; default every one.
     """
 
     name: str
@@ -32,6 +33,12 @@ class Intervention:
     needs: tuple[str, ...]
     steps: int | None = None
     hide_images: bool = False
+    span: int | None = None
+
+    @property
+    def kind(self) -> str:
+        """The name without the span."""
+        return self.name if self.span is None else ONE_SPAN.sub("", self.name)
 
     @property
     def own_latents(self) -> bool:
@@ -49,81 +56,84 @@ REPLACED = {
     "image": Intervention("image", "image hidden after the prompt", ANY, hide_images=True),
 }
 NAMES = (*REPLACED, "steps")
+# What can be done to one span alone, such as `swap_span_2`; later spans are the model's own again.
+PER_SPAN = ("zero", "noise", "swap", "repeat")
+ONE_SPAN = re.compile(r"_span_([1-9]\d*)$")
 
 
 def chosen_interventions(names: Sequence[str] | None, steps: Sequence[int] | None, config) -> list[Intervention]:
     """What to do to a checkpoint.
 
     Args:
-        names: of `NAMES`; default all that change anything for its stage. steps: numbers of latent steps for `steps`;
-            default half as many and twice as many as it was trained with.
+        names: of `NAMES`, or one of `PER_SPAN` with the number of a span, such as `swap_span_2`; default all of `NAMES`
+            that change anything for its stage. steps: numbers of latent steps for `steps`; default half as many and
+            twice as many as it was trained with.
 
     Raises:
         ConfigError: an unknown name, or one that does nothing to this stage.
     """
-    unknown = sorted(set(names or ()) - set(NAMES))
+    single = [name for name in names or () if ONE_SPAN.sub("", name) in PER_SPAN and name not in NAMES]
+    unknown = sorted(set(names or ()) - {*NAMES, *single})
     if unknown:
-        raise ConfigError(f"interventions: expected some of {', '.join(NAMES)}, got {', '.join(unknown)}")
+        raise ConfigError(
+            f"interventions: expected some of {', '.join(NAMES)}, or {', '.join(PER_SPAN)} of one span such as "
+            f"swap_span_2, got {', '.join(unknown)}"
+        )
     kind, trained = config.traits.slot_input, config.num_latent_tokens
     if names is not None:
-        idle = [n for n in names if kind not in (SLOTS if n == "steps" else REPLACED[n].needs)]
+        idle = [n for n in names if kind not in (SLOTS if n == "steps" else REPLACED[ONE_SPAN.sub("", n)].needs)]
         if idle:
             why = "has no latent positions" if kind == "none" else "feeds every latent position the same embedding"
             raise ConfigError(
                 f"interventions: {', '.join(idle)} would change nothing: a checkpoint of stage {config.stage!r} {why}; "
                 "leave them out"
             )
-    found = [REPLACED[n] for n in REPLACED if kind in REPLACED[n].needs and (names is None or n in names)]
+    chosen = [REPLACED[n] for n in REPLACED if kind in REPLACED[n].needs and (names is None or n in names)]
     if kind in SLOTS and (names is None or "steps" in names):
         counts = sorted({trained // 2, 2 * trained} if steps is None else set(steps)) if trained else []
         if any(count < 1 for count in counts):
             raise ConfigError(f"steps: expected at least 1 (the intervention `skip` takes none), got {min(counts)}")
-        found += [
+        chosen += [
             Intervention(f"steps_{count}", f"{count} latent steps instead of {trained}", SLOTS, steps=count)
             for count in counts
             if count != trained
         ]
-    return found
+    return chosen + sorted((of_one_span(name) for name in dict.fromkeys(single)), key=lambda one: (one.kind, one.span))
+
+
+def of_one_span(name: str) -> Intervention:
+    """Such as `swap_span_2`."""
+    kind, _, number = name.rpartition("_span_")
+    whole = REPLACED[kind]
+    return replace(whole, name=name, label=f"{whole.label}, span {number} only", span=int(number))
 
 
 def replaced_latents(
-    name: str, own_ND: torch.Tensor, partner_ND: torch.Tensor | None, seed: int, ident: str
+    kind: str, own_SND: torch.Tensor, partner_SND: torch.Tensor | None, seed: int, ident: str
 ) -> torch.Tensor:
-    """What the slots consume instead of the model's own states: `(N, D)`."""
-    if name == "zero":
-        return torch.zeros_like(own_ND)
-    if name == "noise":
+    """What the slots of every span consume instead of the model's own states: `(S, N, D)`."""
+    if kind == "zero":
+        return torch.zeros_like(own_SND)
+    if kind == "noise":
         # Of the question, so that the draw depends on neither order nor batch.
         digest = hashlib.blake2b(f"{seed}:{ident}".encode(), digest_size=7).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
-        noise = torch.randn(own_ND.shape, generator=generator)
-        return noise * (own_ND.float().norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True))
-    if name == "repeat":
-        return own_ND[:1].expand_as(own_ND)
-    if name == "swap" and partner_ND is not None:
-        return partner_ND
-    raise ValueError(f"{name}: expected an intervention that replaces latents")
+        noise = torch.stack([torch.randn(own_ND.shape, generator=generator) for own_ND in own_SND])
+        return noise * (own_SND.float().norm(dim=-1, keepdim=True) / noise.norm(dim=-1, keepdim=True))
+    if kind == "repeat":
+        return own_SND[:, :1].expand_as(own_SND)
+    if kind == "swap" and partner_SND is not None:
+        return partner_SND
+    raise ValueError(f"{kind}: expected an intervention that replaces latents")
 
 
-def partners_of(answers: Sequence[str], images: Sequence[str], usable: Sequence[bool]) -> list[int | None]:
-    """For each usable question the next usable one, cyclically, with another answer and on another image.
-
-    Raises:
-        ConfigError: some usable question has none.
-    """
-    count = len(answers)
-    partners: list[int | None] = [None] * count
-    for index in (i for i in range(count) if usable[i]):
-        after = ((index + step) % count for step in range(1, count))
-        partners[index] = next(
-            (j for j in after if usable[j] and answers[j] != answers[index] and images[j] != images[index]), None
-        )
-        if partners[index] is None:
-            raise ConfigError(
-                f"interventions: swap needs questions with other answers on other images; question {index + 1} of "
-                f"{count} has none that opened a span. Ask more, or leave swap out"
-            )
-    return partners
+def in_span(states_SND: torch.Tensor, span: int | None) -> torch.Tensor | list[torch.Tensor | None]:
+    """What to ask the decoder for: these states in every span, or in one alone, the others left to the model."""
+    if span is None:
+        return states_SND
+    # The list starts over after its end, which an answer with twice as many spans does not reach.
+    spans = [states if number == span else None for number, states in enumerate(states_SND, 1)]
+    return [*spans, *[None] * len(spans)]
 
 
 def with_span_length(tokens: Sequence[int], latent: Sequence[bool], steps: int, lvr_id: int, start_id: int):

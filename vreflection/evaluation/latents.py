@@ -19,11 +19,6 @@ from ..ops.regions import MERGE_SIZE
 from .questions import Decoded, expected_answer
 
 
-def stack_latents(decoded: Decoded, like: torch.Tensor) -> torch.Tensor:
-    """Latents `(questions, S, N, D)` of answers with one number of spans; zeros where a question opened none."""
-    return torch.stack([torch.zeros_like(like) if z is None else z for z in decoded.latents])
-
-
 def partners_of(
     answers: Sequence[str], images: Sequence[str], spans: Sequence[int], usable: Sequence[bool] | None = None
 ) -> list[int | None]:
@@ -149,6 +144,7 @@ def hop_grounding(
     maps: Sequence[Sequence[torch.Tensor] | None],
     boxes: Sequence[Sequence],
     candidates: Sequence[Sequence] | None = None,
+    images: Sequence[Sequence[int]] | None = None,
 ) -> list[dict[str, float | int | None]]:
     """Where each span of a chain looks: entry j is about span j, whose box is number j.
 
@@ -156,6 +152,7 @@ def hop_grounding(
         maps: per question attention `(N, h, w)` per span, or `None` (no span was opened).
         boxes: per question its boxes in the order of the spans.
         candidates: per question what a span might look at instead, on the same image; default its other boxes.
+        images: per question the image of each box, where they may differ: only boxes on one image compete.
 
     Returns:
         Per span: `mass`, `iou`, `uniform` as in `grounding` and `n`, the questions with such a span and box.
@@ -165,13 +162,17 @@ def hop_grounding(
     spans: list[list[tuple[float, float, float]]] = []
     guesses: list[list[tuple[bool, float]]] = []
     for number, (own_maps, own_boxes) in enumerate(zip(maps, boxes, strict=True)):
-        rivals = np.asarray(own_boxes if candidates is None else candidates[number], dtype=float).reshape(-1, 4)
+        all_rivals = np.asarray(own_boxes if candidates is None else candidates[number], dtype=float).reshape(-1, 4)
         for span, (attention, box) in enumerate(zip(own_maps or (), np.asarray(own_boxes, dtype=float))):
             if span == len(spans):
                 spans.append([])
                 guesses.append([])
             looked = box_attention(attention, box[None])
             spans[span].append(looked)
+            on_image = slice(None)
+            if images is not None and candidates is None:
+                on_image = np.asarray(images[number]) == images[number][span]
+            rivals = all_rivals[on_image]
             # Once each: a chain may come back to a box.
             others = [other for other in np.unique(rivals, axis=0) if not np.array_equal(other, box)]
             if others:

@@ -20,19 +20,22 @@ def render_ablation(result: Mapping[str, Any]) -> str:
     Raises:
         ValueError: another schema.
     """
-    if result.get("schema") != 1:
+    if result.get("schema") != 2:
         raise ValueError(
-            f"expected an ablation of schema 1, got {result.get('schema')!r}; run vreflection ablate again"
+            f"expected an ablation of schema 2, got {result.get('schema')!r}; run vreflection ablate again"
         )
     summary = result["summary"]
     rows = summary["interventions"][1:]
-    latents = summary["latents"]
+    spans = summary["spans"]
     page = {
         "result": result,
         "summary": summary,
         "changes": changes_chart(rows) if rows else "",
         "divergences": divergence_chart(rows) if rows else "",
-        "panels": [] if latents is None else latent_panels(latents),
+        "kinds": list(dict.fromkeys(change["kind"] for span in spans for change in span["changes"])),
+        "spans": [
+            {**span, "panels": latent_panels(span["latents"], span["span"])} for span in spans if span["latents"]
+        ],
     }
     return page_environment().get_template("ablation.html.j2").render(page)
 
@@ -106,16 +109,16 @@ def divergence_chart(rows: Sequence[Mapping[str, Any]]) -> str:
     return _drawing(heading + "".join(shapes), _WIDTH, bottom + 8, "bars", roles)
 
 
-def latent_panels(latents: Mapping[str, Any]) -> list[dict[str, str]]:
-    """Norm, cosines and effective rank over the latent steps."""
+def latent_panels(latents: Mapping[str, Any], span: int) -> list[dict[str, str]]:
+    """Norm, cosines and effective rank over the latent steps of a span."""
     steps = len(latents["norm"])
     level = {} if latents["text_norm"] is None else {"hidden states of text": [latents["text_norm"]] * steps}
     return [
-        {"title": "Norm", "drawing": lines_panel("norm", {"latents": latents["norm"], **level}, steps)},
+        {"title": "Norm", "drawing": lines_panel(f"norm-{span}", {"latents": latents["norm"], **level}, steps)},
         {
             "title": "Cosines",
             "drawing": lines_panel(
-                "cosines",
+                f"cosines-{span}",
                 {
                     "with the next step": latents["next_cosine"],
                     "with the step’s mean over questions": latents["mean_cosine"],
@@ -125,7 +128,7 @@ def latent_panels(latents: Mapping[str, Any]) -> list[dict[str, str]]:
         },
         {
             "title": "Effective rank over questions",
-            "drawing": lines_panel("rank", {"latents": latents["rank_over_questions"]}, steps),
+            "drawing": lines_panel(f"rank-{span}", {"latents": latents["rank_over_questions"]}, steps),
         },
     ]
 
@@ -156,7 +159,7 @@ def lines_panel(ident: str, series: Mapping[str, Sequence[float]], steps: int) -
         shapes.append(tag("line", class_=f"s{place}", x1=_LEFT, x2=_LEFT + 26, y1=at - 4, y2=at - 4, stroke_width=2.4))
         shapes.append(text(name, x=_LEFT + 32, y=at))
         words.append(f"{name}: {', '.join(number(value) for value in line)}")
-    heading, roles = described(ident, ident.capitalize(), "; ".join(words))
+    heading, roles = described(ident, ident.partition("-")[0].capitalize(), "; ".join(words))
     return _drawing(heading + "".join(shapes), _PANEL_WIDTH, bottom + 26 + 18 * len(series) + 6, "curve", roles)
 
 
