@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from vreflection.errors import ConfigError
-from vreflection.training.config import apply_override, load_settings
+from vreflection.training.config import apply_override, config_file, load_settings
 from vreflection.training.settings import FreeRunningSettings, TrainSettings
 from vreflection.training.values import build
 
@@ -115,6 +115,37 @@ def test_a_file_extends_one_beside_it_or_a_shipped_one(load, tmp_path):
         load("extends: other.yaml")
     with pytest.raises(ConfigError, match="elsewhere/stage1_7b.yaml does not exist"):
         load("extends: elsewhere/stage1_7b.yaml")
+
+
+SHIPPED = sorted(
+    path.stem for path in config_file("stage1_7b.yaml").parent.glob("*.yaml") if not path.stem.startswith("quickstart")
+)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_file_is_a_whole_run(name):
+    settings = load_settings(name)
+    assert settings.output == f"runs/{name}" and settings.model and settings.trainer["max_steps"] == 2500
+    assert settings.stage == name.replace("_multibox", "").replace("_lora", "").rpartition("_")[0]
+    assert bool(settings.lora.rank) == name.endswith("lora")
+    rows = settings.trainer["gradient_accumulation_steps"] * (8 if settings.parallel == "fsdp2" else 1)
+    assert rows == 64  # tokens of a step are the recipe's on one GPU and on eight
+
+
+@pytest.mark.parametrize("name", [name for name in SHIPPED if "multibox" in name])
+def test_shipped_settings_for_several_boxes_freeze_the_teacher(name):
+    settings, plain = load_settings(name), load_settings(name.replace("_multibox", ""))
+    objective = settings.latent_objective()
+    assert (objective.alignment, objective.alignment_weight, objective.ce_on_latent_slots) == ("llm_only", 0.5, False)
+    assert settings.free_running.maximum == 0.5 and not settings.free_running.backpropagate
+    assert settings.data == plain.data and settings.trainer == plain.trainer
+    if settings.stage == "stage2":
+        # Latent settings are the stage-1 checkpoint's, which is the sibling's.
+        assert settings.model == f"runs/{name.replace('stage2', 'stage1')}" and settings.latent.given() == {}
+        assert settings.free_running.share(0.0) == 0.5
+    else:
+        assert settings.latent.given() == {"num_latent_tokens": 2, "query_init_std": 1.0}
+        assert settings.free_running.share(0.4) == 0.0
 
 
 def test_shipped_stage_2_settings_can_keep_the_alignment():
