@@ -398,8 +398,8 @@ class Card {
   inside({ map, boxes }) {
     if (!boxes.length) return "";
     if (state.boxes.length === 1) {
-      const mean = percent(this.share(meanOf(this.steps), boxes[0][0]));
-      return `${percent(this.share(map, boxes[0][0]))} of this attention is in the box (mean of all steps ${mean}).`;
+      const mean = this.view.hop === null ? "" : ` (mean of all steps ${percent(this.share(meanOf(this.steps), boxes[0][0]))})`;
+      return `${percent(this.share(map, boxes[0][0]))} of this attention is in the box${mean}.`;
     }
     const { hop } = this.view;
     const ofHop = (number) => percent(this.share(this.meanOfHop(number), this.boxOf(number)));
