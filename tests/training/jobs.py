@@ -90,6 +90,7 @@ def run(job, folder):
             result = run_training(build(TrainSettings, settings, "job"), on_step=on_step, **extra)
         outcome["losses"] = [row["loss"] for row in result.history if "loss" in row]
         outcome["rows"] = [row for row in result.history if "loss" in row or "skipped_steps" in row]
+        outcome["gauges"] = [row for row in result.history if "eval_answer_loss" in row]
         outcome["stopped_at"] = result.stopped_at
         if hasattr(result.model, "box_feature_resampler"):
             outcome["held"] = held_shares(result.model)

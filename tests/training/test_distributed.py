@@ -48,7 +48,7 @@ def hops(mixed):
             spans = "".join("<lvr>" + "so " * (place % 2) for place in range(count))
             row["conversations"][1]["value"] = f"{spans}\n<answer> {number} </answer>"
     (mixed.root / "hops.json").write_text(json.dumps(rows))
-    return {"train": str(mixed.root / "hops.json")}
+    return {"train": str(mixed.root / "hops.json"), "held_out": str(mixed.root / "hops.json")}
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +57,14 @@ def one(mixed, hops):
     plain = run_training(build(TrainSettings, mixed.settings("one", trainer=SAVING), "one"))
     free = run_training(build(TrainSettings, mixed.settings("one-free", free_running=FREE), "one"))
     several = {
-        name: run_training(build(TrainSettings, mixed.settings(f"one-{name}", data=hops, free_running=settings), "one"))
-        for name, settings in (("hops", FREE), ("through", THROUGH))
+        name: run_training(
+            build(
+                TrainSettings,
+                mixed.settings(f"one-{name}", data=hops, free_running=settings, gauges={"every": every}),
+                "one",
+            )
+        )
+        for name, settings, every in (("hops", FREE, 2), ("through", THROUGH, 0))
     }
     return {"plain": plain, "free": free, **several}
 
@@ -73,7 +79,9 @@ def two(mixed, hops, one):
         jobs[f"{way}-free"] = mixed.settings(
             f"{way}-free", parallel=way, free_running=FREE, trainer=half | {"gradient_checkpointing": True}
         )
-        jobs[f"{way}-hops"] = mixed.settings(f"{way}-hops", parallel=way, data=hops, trainer=half, free_running=FREE)
+        jobs[f"{way}-hops"] = mixed.settings(
+            f"{way}-hops", parallel=way, data=hops, trainer=half, free_running=FREE, gauges={"every": 2}
+        )
     jobs["stage2"] = mixed.settings(
         "stage2", stage="stage2", model=str(mixed.root / "one"), latent={}, parallel="fsdp2", trainer=half
     )
@@ -122,11 +130,17 @@ def test_free_running_with_checkpointed_layers(one, two, mixed, way):
 @pytest.mark.parametrize("way", ["ddp", "fsdp2"])
 def test_free_running_over_rows_with_different_numbers_of_spans(one, two, mixed, way):
     compare(one["hops"], mixed.root, f"{way}-hops")
+    alone = [row for row in one["hops"].history if "eval_answer_loss" in row]
+    gauges = outcome(mixed.root, f"{way}-hops")["gauges"]
+    assert [row["step"] for row in gauges] == [row["step"] for row in alone] == [0, 2, 4]
+    for row, expected in zip(gauges, alone):
+        assert row.keys() == expected.keys() and "eval_swapped_accuracy_3_spans" in row
+        assert row == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
 def test_the_gradient_through_fed_back_states_over_two_processes(one, two, mixed):
     compare(one["through"], mixed.root, "ddp-through")
-    norms = [one[name].history[0]["grad_norm"] for name in ("through", "hops")]
+    norms = [next(row for row in one[n].history if "loss" in row)["grad_norm"] for n in ("through", "hops")]
     assert norms[0] != pytest.approx(norms[1], rel=1e-3)
 
 

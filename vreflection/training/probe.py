@@ -76,6 +76,8 @@ class HeldOutProbe(TrainerCallback):
     def measure(self) -> dict[str, float]:
         """All gauges over the held-out rows."""
         trainer, model = self.trainer, self.trainer.accelerator.unwrap_model(self.trainer.model)
+        if trainer.resident is not None:
+            trainer.resident.gather()
         tally = Tally(several=len(self.groups) > 1)
         with eval_mode(model), trainer.accelerator.autocast():
             for spans, rows, inputs in self.batches():
