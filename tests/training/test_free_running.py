@@ -248,6 +248,19 @@ def test_rolling_out_under_autocast(tiny, rows):
     assert torch.nn.functional.cosine_similarity(states.float(), expected, dim=-1).min() > 0.98
 
 
+def test_the_gradient_through_the_states_under_autocast(tiny, talking):
+    model, batch = tiny.model("stage1"), tiny.batch(talking)
+    inputs, gradients = laid_out(model, batch), []
+    for half in (False, True):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            states, free = roll_out(model, *inputs, torch.ones(5).bool(), backpropagate=True)
+            loss = model(**batch, slot_inputs=states, free_running=free).loss
+        loss.backward()
+        gradients.append(torch.cat([gradient.flatten() for gradient in tiny.gradients(model).values()]))
+    assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.95
+
+
 def test_gauges():
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(6, 3, 5, generator=generator)
