@@ -1,7 +1,7 @@
-"""The tables of docs/performance.md: `python bench/performance_tables.py` prints them.
+"""The page bench/predictions.md: `python bench/performance_tables.py > bench/predictions.md` writes it.
 
 Predictions are arithmetic (vreflection.benchmarking.prediction). GPU figures beside them are those of the first run in
-docs/measured-facts.md, provisional; CPU rows come from the raw rows in bench/results/cpu.
+bench/measured.md, provisional; CPU rows come from the raw rows in bench/results/cpu.
 """
 
 from __future__ import annotations
@@ -138,8 +138,47 @@ def committed(device: str) -> list[Row]:
     return read_rows([RESULTS / device / "rows.jsonl"])
 
 
+def page() -> list[str]:
+    """All tables, with what was measured where."""
+    rows = committed("cpu")
+    return [
+        "# Predicted and measured times",
+        "",
+        "Every prediction of the [performance model](../docs/performance.md) beside what was measured, written by",
+        "`python bench/performance_tables.py > bench/predictions.md`.",
+        "",
+        "## Operators and decode steps on GPUs",
+        "",
+        "bfloat16, D = 3584, cold cache. The H200 column is of one run whose raw rows are lost ([log](measured.md#gpu)):",
+        "provisional until `bench/gpu_suite.sh` has run again. Nothing else was measured on a GPU.",
+        "",
+        *gpu_table(),
+        "",
+        "## Training steps on GPUs",
+        "",
+        "One micro-batch of 16,384 packed tokens on one GPU, bfloat16, recomputed layers, 75 % visual, 10 % supervised",
+        "(`vreflection.training.memory_plan`; peak GiB with its margin). The optimizer and the compression modules, under",
+        "1 % of the flops, are not counted. `bench/bench_training_shapes.py` runs these two on a GPU.",
+        "",
+        *training_table(),
+        "",
+        "## Times on CPU",
+        "",
+        "[Raw rows](results/cpu/rows.jsonl), [report](results/cpu/report.md): 2 shared cores of an AMD EPYC (AVX-512, bfloat16",
+        "products), two threads, 2026-11-28. Ceilings around the rounds of each row: 46 to 79 GB/s from memory, 83 to 228",
+        "GB/s in cache, 219 to 234 Gflop/s in float32 and 959 to 1,006 in bfloat16.",
+        "",
+        *measured_table(rows),
+        "",
+        f"Without a prediction: {', '.join(without_prediction(rows))}.",
+        "",
+        "## Memory on CPU",
+        "",
+        "Resident peaks, each of a process of its own.",
+        "",
+        *memory_table(rows),
+    ]
+
+
 if __name__ == "__main__":
-    print("\n".join(["## GPUs", *gpu_table(), "", "## Training", *training_table()]))
-    print("\n".join(["", "## Measured on CPU", *measured_table(committed("cpu"))]))
-    print("\n".join(["", "## Memory on CPU", *memory_table(committed("cpu"))]))
-    print(f"without a prediction: {', '.join(without_prediction(committed('cpu')))}")
+    print("\n".join(page()))

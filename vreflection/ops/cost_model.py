@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 # against 31 GB/s.
 FLOPS_PER_BYTE, FLOPS_PER_BYTE_16BIT = 5.0, 10.0
 # A library's product of few rows with a float32 weight reads it at half the speed of ours; with a 16-bit weight it is
-# as fast (docs/measured-facts.md, "Few rows against a weight").
+# as fast (bench/measured.md, "Few rows against a weight").
 LIBRARY_PENALTY, LIBRARY_PENALTY_16BIT = 2.0, 1.0
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-# Rows above which the vendor's product is faster than ours (docs/measured-facts.md, "Few rows against a weight").
+# Rows above which the vendor's product is faster than ours (bench/measured.md, "Few rows against a weight").
 MAX_ROWS = 32
 
 
