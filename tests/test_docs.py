@@ -10,7 +10,15 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *DOCS.glob("*.md"), *(ROOT / "bench").rglob("*.md")])
+PAGES = sorted(
+    [
+        ROOT / "README.md",
+        ROOT / "CHANGELOG.md",
+        *DOCS.glob("*.md"),
+        *(ROOT / "bench").rglob("*.md"),
+        ROOT / "kernels/README.md",
+    ]
+)
 # Not tables that a command writes, nor the list of changes.
 WRITTEN = [page for page in PAGES if page.name != "CHANGELOG.md" and page.parent in (ROOT, DOCS, ROOT / "bench")]
 # Figures of a whole study, which the pages name before they are drawn.
