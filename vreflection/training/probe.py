@@ -27,7 +27,8 @@ logger = logging.getLogger(__name__)
 BATCH = 16
 WARM = 0.2  # share of the run after which latents are expected to be used
 # Beyond these a run is warned about. Working quickstart runs keep a spread of 0.7 and a diversity of 0.07
-# (docs/quickstart.md has collapsed ones); the others are round numbers between what works and what does nothing.
+# (collapsed ones: bench/results/cpu/one_hop_quickstart.md); the others are round numbers between what works and what
+# does nothing.
 LEAST_SPREAD, LEAST_DIVERSITY, LEAST_SWAP_COST, LEAST_END_RATE, LARGEST_GAP = 0.2, 0.02, 0.02, 0.9, 0.2
 # Of the first measured spread. Rows with one to five boxes, the teacher trained by the symmetric loss: it fell from
 # 0.91 to 0.24 (26 %) while all hops but the first were unlearnt; the working runs above keep about three quarters of
