@@ -65,9 +65,9 @@ def test_shipped_settings_load(run, name):
 
 def test_train_command_trains_from_files(run, tmp_path):
     from vreflection.quickstart.base import base_dir
-    from vreflection.quickstart.notes import write_dataset
+    from vreflection.quickstart.tasks import TASKS, write_dataset
 
-    rows = write_dataset(tmp_path / "data", "train", 4)
+    rows = write_dataset(tmp_path / "data", TASKS["one_hop"], "train", 4)
     content = json.loads(rows.read_text())
     content[3]["bboxes"] = [[0.5, 0.5, 0.2, 0.9]]
     rows.write_text(json.dumps(content))

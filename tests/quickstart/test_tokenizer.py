@@ -2,7 +2,9 @@ import pytest
 
 from vreflection.quickstart import tokenizer as quickstart_tokenizer
 from vreflection.quickstart.base import base_dir
-from vreflection.quickstart.notes import CAPTION_PROMPT, COLOURS, QUESTION
+from vreflection.quickstart.notes import COLOURS
+from vreflection.quickstart.tasks import TASKS
+from vreflection.quickstart.tokenizer import CAPTION_PROMPT
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +40,8 @@ def test_special_tokens_are_atomic_and_in_order(tokenizer):
 def test_domain_words_are_single_tokens(tokenizer):
     for word in [*COLOURS, *map(str, range(10))]:
         assert len(tokenizer(f" {word}").input_ids) == 1
-    assert len(tokenizer(QUESTION.format(colour="red")).input_ids) == 8
+    assert len(tokenizer(TASKS["one_hop"].question.format(colour="red")).input_ids) == 8
+    assert len(tokenizer(TASKS["follow_the_notes"].question.format(colour="red", hops=3)).input_ids) == 13
     assert len(tokenizer(CAPTION_PROMPT).input_ids) == 4
     assert len(tokenizer("\n<answer> 7 </answer>").input_ids) == 8
 

@@ -18,24 +18,26 @@ def points(line):
     return [tuple(map(float, pair.split(","))) for pair in line.get("points").split()]
 
 
+def bar_rows(metrics):
+    return [*metrics["arms"], {**metrics["interventions"][1], "group": "intervention"}]
+
+
 def test_bars_have_the_length_of_the_accuracy_and_whiskers_of_the_interval(metrics):
-    svg = accuracy_bars(metrics["rows"], 0.1, 0.2)
-    assert [bar.get("width") for bar in of_class(svg, "bar")] == ["80.50%", "16.50%", "58.50%"]
+    svg = accuracy_bars(bar_rows(metrics), 0.1, 0.2)
+    assert [bar.get("width") for bar in of_class(svg, "bar")] == ["80.50%", "16.50%", "75.00%", "58.50%"]
     ink = [line for line in of_class(svg, "ink") if line.get("y1") == line.get("y2")]
     assert [(line.get("x1"), line.get("x2")) for line in ink] == [
         ("75.40%", "84.80%"),
         ("11.40%", "20.80%"),
+        ("69.90%", "79.30%"),
         ("53.40%", "62.80%"),
     ]
 
 
 def test_bars_name_groups_intervals_counts_and_references(metrics):
-    svg = accuracy_bars(metrics["rows"], 0.1, 0.2)
+    svg = accuracy_bars(bar_rows(metrics), 0.1, 0.2)
     words = texts(svg)
-    order = [
-        words.index(word)
-        for word in ("With latent steps", "Stage two", "Interventions on the latents", "Swapped latents")
-    ]
+    order = [words.index(word) for word in ("With latent steps", "Stage two", "Latents changed", "Swapped latents")]
     assert order == sorted(order)
     assert any("80.5" in word and "[75.4, 84.8]" in word and "n = 200" in word for word in words)
     assert [line.get("x1") for line in of_class(svg, "reference") if "mark" not in line.get("class")] == [
@@ -47,8 +49,8 @@ def test_bars_name_groups_intervals_counts_and_references(metrics):
 
 
 def test_bars_escape_and_shorten_labels_but_keep_them_whole_in_the_description(metrics):
-    metrics["rows"][0]["label"] = "<b>" + "x" * 80
-    svg = accuracy_bars(metrics["rows"], 0.1, 0.2)
+    metrics["arms"][0]["label"] = "<b>" + "x" * 80
+    svg = accuracy_bars(metrics["arms"], 0.1, 0.2)
     assert "<b>" not in svg and any(word.endswith("…") for word in texts(svg))
     assert "x" * 80 in ET.fromstring(svg).find("desc").text
 

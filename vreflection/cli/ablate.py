@@ -42,8 +42,9 @@ def command(
     from ..evaluation.ablation_run import AblationSettings, run_ablation
     from ..evaluation.interventions import OWN
     from ..evaluation.run import EvalSettings
+    from ..model.compat import quiet_host_library
     from ..visualization.ablation_page import write_ablation_page
-    from .progress import PhaseBars, log_to_terminal, quiet_host_library
+    from .progress import PhaseBars, log_to_terminal
 
     if benchmark is None and rows is None:
         raise ConfigError("ablate: expected --benchmark NAME or --rows FILE, got neither")

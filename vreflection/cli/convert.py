@@ -25,8 +25,9 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON, no bars")] = False,
 ) -> None:
     """Write a checkpoint in another layout, bit for bit; OUT appears whole or not at all."""
+    from ..model.compat import quiet_host_library
     from ..model.conversion import convert_checkpoint
-    from .progress import PhaseBars, quiet_host_library
+    from .progress import PhaseBars
 
     quiet_host_library()
     mebibyte = 2**20

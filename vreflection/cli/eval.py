@@ -60,7 +60,8 @@ def command(
         raise ConfigError(f"labels: expected one of {', '.join(LABEL_REVISIONS)}, got {labels!r}")
     from ..evaluation.raw_files import Shard
     from ..evaluation.run import EvalSettings, run_evaluation
-    from .progress import PhaseBars, log_to_terminal, quiet_host_library
+    from ..model.compat import quiet_host_library
+    from .progress import PhaseBars, log_to_terminal
 
     names = tuple(name.strip() for name in benchmarks.split(",") if name.strip())
     settings = EvalSettings(

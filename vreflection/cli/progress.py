@@ -60,14 +60,3 @@ def log_to_terminal() -> None:
     logger = logging.getLogger("vreflection")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
-
-
-def quiet_host_library() -> None:
-    """The host library's own bars and notices would tear ours apart."""
-    import warnings
-
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", module="torch.utils.data")

@@ -10,42 +10,44 @@ import typer
 
 
 def command(
-    out: Annotated[Path, typer.Option(help="folder for data, checkpoints, metrics.json and report.html")] = Path(
-        "runs/quickstart"
-    ),
-    config: Annotated[Path | None, typer.Option(help="settings file; default: the shipped quickstart.yaml")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="folder for data, checkpoints and results; default: runs/quickstart or runs/study"),
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="follow_the_notes (default) or one_hop, where one look is enough")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="settings file; default: the shipped one of the task")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value over the settings, repeatable")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="start over instead of keeping finished parts")] = False,
     from_scratch: Annotated[
         bool, typer.Option(help="pre-train the base model instead of using the shipped one")
     ] = False,
-    free_running: Annotated[bool, typer.Option(help="the free-running curriculum of the latent stages")] = True,
-    seeds: Annotated[str | None, typer.Option(help="several training seeds, such as 0,1,2: adds study.md")] = None,
+    seeds: Annotated[str | None, typer.Option(help="every arm over training seeds, such as 0,1,2: study.md")] = None,
+    study: Annotated[bool, typer.Option("--study", help="the whole study: arms, seeds, depths, steps (hours)")] = False,
+    groups: Annotated[str | None, typer.Option(help="of the study, only these groups, with commas")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print metrics as JSON, no bars")] = False,
 ) -> None:
-    """Train both stages on real images, decode held-out ones, and write a report. Minutes on two CPU cores."""
+    """Train both stages and their controls on real images, decode held-out ones, and write a report.
+
+    Minutes on two CPU cores.
+    """
     from ..errors import ConfigError
+    from ..model.compat import quiet_host_library
     from ..quickstart.run import Quickstart, start_over
     from ..quickstart.settings import load_quickstart
-    from ..quickstart.study import run_study
-    from .progress import PhaseBars, quiet_host_library
+    from .progress import PhaseBars
 
-    overrides = list(set_ or [])
-    if not free_running:
-        overrides += [f"arms.{arm}.free_running.maximum=0" for arm in ("stage1", "stage2")]
-    settings = load_quickstart(config, overrides)
     quiet_host_library()
-    if seeds is not None:
-        try:
-            numbers = [int(seed) for seed in seeds.split(",")]
-        except ValueError as error:
-            raise ConfigError(f"--seeds: expected numbers separated by commas, got {seeds!r}") from error
-        names = [f"seed {seed}" for seed in numbers]
-        plan = [(f"{name}: {p}", w) for name in names for p, w in Quickstart(settings, out, _ignore).phases()]
-        with PhaseBars(plan, "study", as_json) as bars:
-            study = run_study(settings, out, numbers, lambda s, p, d, t: bars.update(f"seed {s}: {p}", d, t))
-        typer.echo(json.dumps(study) if as_json else (out / "study.md").read_text())
+    if groups is not None and not study:
+        raise ConfigError("--groups: names groups of the study; add --study, or leave it out")
+    if study and (task is not None or seeds is not None or from_scratch):
+        raise ConfigError("--study: has its own task and seeds; leave --task, --seeds and --from-scratch out")
+    if seeds is not None or study:
+        run_several(out or Path("runs/study"), task, config, list(set_ or []), seeds, groups, fresh, as_json)
         return
+    settings = load_quickstart(config, list(set_ or []), task)
+    out = out or Path("runs/quickstart" if settings.task == "follow_the_notes" else f"runs/quickstart-{settings.task}")
     if fresh:
         start_over(out)
     run = Quickstart(settings, out, _ignore, from_scratch)
@@ -58,6 +60,33 @@ def command(
     for sentence in metrics["findings"]:
         typer.echo(f"• {sentence}")
     typer.echo(f"\nreport:  {out / 'report.html'}\nnumbers: {out / 'metrics.json'}")
+
+
+def run_several(
+    out: Path, task: str | None, config: Path | None, overrides: list[str], seeds: str | None, groups: str | None,
+    fresh: bool, as_json: bool,
+) -> None:  # fmt: skip
+    """A study of the shipped groups, or of every arm over some seeds."""
+    from ..errors import ConfigError
+    from ..quickstart.run import start_over
+    from ..quickstart.settings import quickstart_values
+    from ..quickstart.study import load_study, phases, run_study, seeds_study
+    from .progress import PhaseBars
+
+    if seeds is None:
+        study = load_study(config, overrides, None if groups is None else groups.split(","))
+    else:
+        try:
+            numbers = [int(seed) for seed in seeds.split(",")]
+        except ValueError as error:
+            raise ConfigError(f"--seeds: expected numbers separated by commas, got {seeds!r}") from error
+        values, where = quickstart_values(config, overrides, task)
+        study = seeds_study(values, numbers, where)
+    if fresh:
+        start_over(out)
+    with PhaseBars(phases(study, out), "study", as_json) as bars:
+        result = run_study(study, out, bars.update)
+    typer.echo(json.dumps(result) if as_json else (out / "study.md").read_text())
 
 
 def _ignore(phase: str, done: int, total: int) -> None:

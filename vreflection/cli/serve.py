@@ -47,10 +47,11 @@ def command(
     except ImportError as error:
         raise ConfigError(f"serve: {error.name} is not installed; pip install 'vreflection[serve]'") from None
     from ..model.checkpoint import local_folder
+    from ..model.compat import quiet_host_library
     from ..quickstart.page_examples import page_examples
     from ..serving.launch import load_served
     from ..serving.settings import ServeSettings
-    from .progress import log_to_terminal, quiet_host_library
+    from .progress import log_to_terminal
 
     settings = ServeSettings(
         name=name or Path(model).name, host=host, port=port, api_key=api_key(api_key_file), batch_size=batch_size,

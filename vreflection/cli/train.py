@@ -36,10 +36,11 @@ def command(
         rows = settings_plan(settings)
         typer.echo(json.dumps([asdict(row) for row in rows]) if as_json else format_plan(rows))
         return
+    from ..model.compat import quiet_host_library
     from ..training.parallel import is_main_process
     from ..training.run import run_training
     from ..visualization.look_figures import training_figure
-    from .progress import PhaseBars, log_to_terminal, quiet_host_library
+    from .progress import PhaseBars, log_to_terminal
 
     quiet_host_library()
     main = is_main_process()

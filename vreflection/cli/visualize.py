@@ -36,8 +36,9 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON, no bars")] = False,
 ) -> None:
     """Draw where the model looks at each latent step of a real answer: PNG, animation or page with a slider."""
+    from ..model.compat import quiet_host_library
     from ..visualization.look_run import LookSettings, run_gallery, run_look
-    from .progress import PhaseBars, log_to_terminal, quiet_host_library
+    from .progress import PhaseBars, log_to_terminal
 
     settings = LookSettings(
         model=model, images=tuple(image or ()), question=question, boxes=tuple(box or ()), rows=rows,

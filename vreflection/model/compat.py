@@ -1,4 +1,4 @@
-"""Which host-library versions are supported, said before anything subtle goes wrong."""
+"""The host library: which versions are supported, said before anything subtle goes wrong; and keeping it quiet."""
 
 from __future__ import annotations
 
@@ -22,3 +22,14 @@ def check_transformers_version(version: str) -> None:
     raise ImportError(
         f"transformers {version} {why}; expected at least {wanted}. Mend it with: pip install 'transformers>={wanted}'"
     )
+
+
+def quiet_host_library() -> None:
+    """Its own bars and notices would tear ours apart."""
+    import warnings
+
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", module="torch.utils.data")

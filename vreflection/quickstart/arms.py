@@ -1,144 +1,383 @@
-"""One quickstart arm: train it, then measure it on held-out questions."""
+"""One quickstart arm: train it, then measure it on held-out questions, by number of hops."""
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import json
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback
 
+from ..data.atomic import atomic_write
 from ..data.encode import ImageTokens
-from ..data.visual_cot import Sample
+from ..data.visual_cot import Sample, read_visual_cot
 from ..evaluation.latents import (
     cosine_to_teacher,
     free_running_maps,
     grounding,
-    stack_latents,
+    hop_grounding,
+    partners_latents,
     swap_partners,
 )
 from ..evaluation.questions import Decoded, TeacherForced, decode_answers, expected_answer, teacher_forced
-from ..evaluation.statistics import wilson
-from ..model.modeling import VReflectionForConditionalGeneration
+from ..evaluation.statistics import grouped_wilson, wilson
+from ..model.processor import VReflectionProcessor
 from ..training.gauges import latent_gauges
 from ..training.run import TrainResult, run_training
-from ..training.settings import TrainSettings
+from .pretrain import autocast_bf16
+from .settings import QuickstartSettings
+from .tasks import hops_of
 
-Progress = Callable[[int, int], None]
+Progress = Callable[[str, int, int], None]
 Cache = Mapping[str, ImageTokens]
+GRID_THW = (1, 16, 16)  # of a 224x224 image
+MAX_NEW_TOKENS = 48
+# Share of the steps after which a curriculum adds the first hop, and each further one.
+FIRST_HOP, FURTHER_HOP = 0.2, 0.15
 
 
-def train_arm(settings: TrainSettings, samples: Sequence[Sample], cache: Cache, on_progress: Progress) -> TrainResult:
-    return run_training(settings, samples=samples, feature_cache=cache, on_step=on_progress, handle_signals=False)
+@dataclass(frozen=True)
+class Arm:
+    """One arm of a run: what a worker needs to know.
+
+    Attributes:
+        base: folder of the base model. folder: of the run. data, features: see `Quickstart`. prefix: of the phases
+            that it reports.
+    """
+
+    name: str
+    settings: QuickstartSettings
+    base: Path
+    folder: Path
+    data: Path
+    features: Path
+    prefix: str = ""
+
+    @property
+    def model(self) -> Path:
+        """Folder that it starts from."""
+        start = self.settings.start_of(self.name)
+        return self.base if start == "base" else self.folder / "arms" / start
+
+    @property
+    def fingerprint(self) -> str:
+        """Of everything that decides the result."""
+        return self.settings.fingerprint(self.name, file_hash(self.base / "model.safetensors"))
+
+    @property
+    def output(self) -> Path:
+        return self.folder / "arms" / self.name
+
+    @property
+    def result_file(self) -> Path:
+        return self.folder / "results" / f"{self.name}.json"
+
+    def rows(self, file: str) -> list[Sample]:
+        return read_visual_cot(self.data / f"{file}.json", self.data / "images", "raise")[0]
 
 
-def curve(history: list[dict[str, Any]]) -> list[dict[str, float]]:
+def do_arm(arm: Arm, on_progress: Progress) -> dict[str, Any]:
+    """Result of one arm: kept from an earlier run if its settings are unchanged, else trained and measured."""
+    training, measuring = f"{arm.prefix}train {arm.name}", f"{arm.prefix}measure {arm.name}"
+    fingerprint = arm.fingerprint
+    if arm.result_file.exists() and (arm.output / "config.json").exists():
+        result = json.loads(arm.result_file.read_text())
+        if result["fingerprint"] == fingerprint:
+            on_progress(training, 1, 1)
+            on_progress(measuring, 1, 1)
+            return result
+    arm.result_file.unlink(missing_ok=True)
+    cache = image_tokens(arm.features, arm.data)
+    started = time.perf_counter()
+    trained, curve = train_arm(arm, cache, lambda done, total: on_progress(training, done, total))
+    measured_from = time.perf_counter()
+    on_progress(measuring, 0, 1)
+    result = measure_arm(arm, trained, cache)
+    on_progress(measuring, 1, 1)
+    result |= {
+        "fingerprint": fingerprint,
+        "stage": trained.model.config.stage,
+        "rows": arm.settings.rows_of(arm.name),
+        "curriculum": arm.settings.has_curriculum(arm.name),
+        "decoded_during_training": curve,
+        "steps": arm.settings.steps_of(arm.name),
+        "total_steps": arm.settings.total_steps(arm.name),
+        "timings": {
+            f"train {arm.name}": measured_from - started,
+            f"measure {arm.name}": time.perf_counter() - measured_from,
+        },
+    }
+    arm.result_file.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(arm.result_file) as file:
+        file.write(json.dumps(result, indent=1).encode())
+    return result
+
+
+def file_hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@functools.cache
+def image_tokens(features: Path, data: Path) -> Cache:
+    """Visual tokens by image path, as the trainer and the decoder take them."""
+    grid = torch.tensor(GRID_THW)
+    return {str(data / "images" / name): (tokens, grid) for name, tokens in load_file(features).items()}
+
+
+# Training
+
+
+def train_arm(arm: Arm, cache: Cache, on_step: Callable[[int, int], None]) -> tuple[TrainResult, list[dict[str, Any]]]:
+    """The trained arm, and its accuracy on validation questions while it trained."""
+    settings = arm.settings.arm(arm.name, arm.model, arm.output, autocast_bf16())
+    samples = arm.rows("train" if arm.settings.rows_of(arm.name) == "latent" else "train_chain")
+    if arm.settings.has_curriculum(arm.name):
+        batch = int(settings.trainer.get("per_device_train_batch_size", 8))
+        samples = curriculum(samples, arm.settings.steps_of(arm.name), batch, arm.settings.seed)
+    watch = None
+    if arm.settings.decode_every:
+        processor = VReflectionProcessor.from_pretrained(arm.model, None, None)
+        watch = DecodeCurve(arm.settings.decode_every, arm.rows("validation"), processor, cache)
+    trained = run_training(
+        settings, samples=samples, feature_cache=cache, on_step=on_step, handle_signals=False,
+        callbacks=None if watch is None else [watch],
+    )  # fmt: skip
+    return trained, [] if watch is None else watch.points
+
+
+def curriculum(samples: Sequence[Sample], steps: int, batch: int, seed: int) -> list[Sample]:
+    """The rows of a whole run in the order of training, one more hop at a time.
+
+    The first fifth of the steps asks for no hop; every 15 % adds one, so that all are asked from 65 % on.
+    """
+    rng = np.random.default_rng([seed, 15])
+    hops = np.array([hops_of(sample) for sample in samples])
+    order: list[Sample] = []
+    for step in range(steps):
+        progress = step / steps
+        limit = 0 if progress < FIRST_HOP else 1 + int((progress - FIRST_HOP) / FURTHER_HOP)
+        order += [samples[index] for index in rng.choice(np.flatnonzero(hops <= limit), batch)]
+    return order
+
+
+class DecodeCurve(TrainerCallback):
+    """Answers validation questions by real decoding every so many steps, and after the last one."""
+
+    def __init__(self, every: int, questions: Sequence[Sample], processor: VReflectionProcessor, cache: Cache):
+        self.every, self.questions, self.processor, self.cache = every, questions, processor, cache
+        self.points: list[dict[str, Any]] = []
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step % self.every and state.global_step < state.max_steps:
+            return
+        assert model is not None
+        training = model.training
+        decoded = decode_answers(
+            model.eval(), self.processor, self.questions, self.cache, max_new_tokens=MAX_NEW_TOKENS
+        )
+        model.train(training)
+        self.points.append(
+            {"step": state.global_step, "by_hops": by_hops(right(decoded.answers, self.questions), self.questions)}
+        )
+
+
+# Measuring
+
+
+def right(answers: Sequence[str | None], samples: Sequence[Sample], wanted: Sequence[str] | None = None) -> np.ndarray:
+    """Per question, whether the answer is the row's own, or the one of `wanted`."""
+    wanted = [expected_answer(sample) for sample in samples] if wanted is None else wanted
+    return np.array([answer == text for answer, text in zip(answers, wanted, strict=True)])
+
+
+def by_hops(correct: np.ndarray, samples: Sequence[Sample]) -> list[dict[str, Any]]:
+    """Proportion with its 95 % interval per number of hops."""
+    hops = np.array([hops_of(sample) for sample in samples])
+    return [
+        {"hops": int(count), **wilson(int(correct[hops == count].sum()), int((hops == count).sum())).as_dict()}
+        for count in np.unique(hops)
+    ]
+
+
+def overall(correct: np.ndarray, samples: Sequence[Sample]) -> dict[str, Any]:
+    """Proportion over all questions; its interval knows that several questions share an image."""
+    _, image = np.unique([sample.image_paths[0] for sample in samples], return_inverse=True)
+    return grouped_wilson(np.bincount(image, weights=correct).astype(int), np.bincount(image)).as_dict()
+
+
+def scored(name: str, correct: np.ndarray, samples: Sequence[Sample]) -> dict[str, Any]:
+    return {name: overall(correct, samples), f"{name}_by_hops": by_hops(correct, samples)}
+
+
+def loss_curve(history: list[dict[str, Any]]) -> list[dict[str, float]]:
     """Logged rows with a loss, numbers only."""
     rows = [row for row in history if "loss" in row]
     return [{k: float(v) for k, v in row.items() if isinstance(v, (int, float))} for row in rows]
 
 
-def first_boxes(samples: Sequence[Sample]) -> list[list[float]]:
-    return [sample.boxes[0].tolist() for sample in samples]
-
-
-def accuracy(correct: int, samples: Sequence[Sample]) -> dict[str, float]:
-    return wilson(correct, len(samples)).as_dict()
-
-
-def measure_arm(result: TrainResult, validation: Sequence[Sample], test: Sequence[Sample], cache: Cache) -> dict:
-    """Accuracy by real decoding; for latent arms also interventions, grounding and gauges."""
-    model, processor = result.model, result.processor
-    decoded = decode_answers(model, processor, test, cache)
+def measure_arm(arm: Arm, result: TrainResult, cache: Cache) -> dict[str, Any]:
+    """Accuracy by real decoding; for latent arms also interventions, looks and gauges."""
+    model, processor, test = result.model.eval(), result.processor, arm.rows("test")
+    decoded = decode_answers(model, processor, test, cache, max_new_tokens=MAX_NEW_TOKENS)
     measured: dict[str, Any] = {
         "seconds_per_step": result.seconds_per_step,
-        "accuracy": accuracy(decoded.correct(test), test),
-        "trigger_rate": float(np.mean(decoded.triggered)),
-        "curve": curve(result.history),
+        **scored("accuracy", right(decoded.answers, test), test),
+        "curve": loss_curve(result.history),
     }
-    if validation:
-        correct = decode_answers(model, processor, validation, cache).correct(validation)
-        measured["validation"] = accuracy(correct, validation)
+    if model.config.traits.slot_style != "none":
+        measured["one_span_per_note"] = float(np.mean([s == len(row.boxes) for s, row in zip(decoded.spans, test)]))
     if model.config.traits.slot_input == "latents":
-        measured |= measure_latents(model, processor, decoded, test, cache)
+        measured |= measure_latents(model, processor, decoded, test, cache, arm.settings.interventions)
     return measured
 
 
-def measure_latents(model, processor, decoded: Decoded, test: Sequence[Sample], cache: Cache) -> dict[str, Any]:
-    forced = teacher_forced(model, processor, test, cache)
-    own = stack_latents(decoded, forced.latents[0])
-    partners = swap_partners(test)
-    swapped = decode_answers(model, processor, test, cache, latents=own[partners])
+def measure_latents(model, processor, decoded: Decoded, test: Sequence[Sample], cache: Cache, images: int):
+    """What the latents do and hold. Interventions and teacher forcing on the questions of the first `images` images."""
+    kept = list(dict.fromkeys(sample.image_paths[0] for sample in test))[:images]
+    part = [place for place, sample in enumerate(test) if sample.image_paths[0] in set(kept)]
+    questions, latents = [test[place] for place in part], [decoded.latents[place] for place in part]
+    closed = [closed for closed, spans in zip(decoded.closed, decoded.spans) if spans]
+    measured: dict[str, Any] = {"lvr_end_rate": float(np.mean(closed)) if closed else None}
+    if not questions:
+        return measured
+    own, partners = Decoded(latents=latents), swap_partners(questions)
+    swapped = decode_answers(
+        model,
+        processor,
+        questions,
+        cache,
+        latents=[latents[partner] for partner in partners],
+        max_new_tokens=MAX_NEW_TOKENS,
+    )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="decoding with 0 latent steps")  # removing them is the point
-        removed = decode_answers(model, processor, test, cache, latent_steps=0, allow_other_latent_steps=True)
-    followed = sum(a == expected_answer(test[p]) for a, p in zip(swapped.answers, partners))
-    gauges = {name: float(value) for name, value in latent_gauges(torch.stack(forced.latents)).items()}
-    measured: dict[str, Any] = {
-        "swapped": accuracy(swapped.correct(test), test),
-        "swapped_follows_partner": accuracy(followed, test),
-        "removed": accuracy(removed.correct(test), test),
-        "teacher_forced": accuracy(sum(forced.correct), test),
-        "lvr_end_rate": float(np.mean(decoded.closed)),
-        "cosine_to_teacher": cosine_to_teacher(decoded, forced.latents),
-        "gauges": gauges,
+        removed = decode_answers(
+            model,
+            processor,
+            questions,
+            cache,
+            latent_steps=0,
+            allow_other_latent_steps=True,
+            max_new_tokens=MAX_NEW_TOKENS,
+        )
+    forced = teacher_forced(model, processor, questions, cache)
+    partners_answers = [expected_answer(questions[partner]) for partner in partners]
+    for name, correct in (
+        ("swapped", right(swapped.answers, questions)),
+        ("swapped_follows_partner", right(swapped.answers, questions, partners_answers)),
+        ("removed", right(removed.answers, questions)),
+        ("teacher_forced", np.array(forced.correct)),
+    ):
+        measured |= scored(name, correct, questions)
+    teacher = torch.cat(list(forced.latents))
+    measured |= {
+        "cosine_to_teacher": cosine_to_teacher(own, forced.latents),
+        "gauges": {name: float(value) for name, value in latent_gauges(teacher).items()},
+        "state_at_right_note": states_at_right_note(latents, forced),
     }
     if model.config.traits.student:
-        measured["grounding"] = measure_grounding(model, decoded, forced, test, cache)
+        measured["looks"] = measure_looks(model, decoded, part, questions, forced, cache)
     return measured
 
 
-def measure_grounding(model, decoded: Decoded, forced: TeacherForced, test, cache: Cache) -> dict[str, Any]:
-    boxes = first_boxes(test)
-    free = [(m, b) for m, b in zip(free_running_maps(model, decoded, test, cache), boxes) if m is not None]
-    measured = {"teacher_forced": grounding(forced.student_maps, boxes)}
-    if free:
-        maps, free_boxes = zip(*free)
-        measured["free_running"] = grounding(maps, free_boxes)
+def states_at_right_note(latents: Sequence[torch.Tensor | None], forced: TeacherForced) -> list[dict[str, Any]]:
+    """Per hop, how often the state fed back is nearer (cosine) to the teacher's latents of that hop's note than to
+    those of any other note of the path."""
+    hits: dict[int, list[bool]] = {}
+    for own, teacher in zip(latents, forced.latents, strict=True):
+        if own is None or len(own) != len(teacher) or len(teacher) < 2:
+            continue
+        unit = torch.nn.functional.normalize
+        nearest = (unit(own.float().flatten(1), dim=-1) @ unit(teacher.float().flatten(1), dim=-1).T).argmax(1)
+        for hop, place in enumerate(nearest.tolist()):
+            hits.setdefault(hop, []).append(place == hop)
+    return [{"hop": hop, **wilson(sum(hit), len(hit)).as_dict()} for hop, hit in sorted(hits.items())]
+
+
+def longest_path(samples: Sequence[Sample]) -> dict[str, np.ndarray]:
+    """Per image, the boxes of all the notes that its questions lead to, in order."""
+    paths: dict[str, np.ndarray] = {}
+    for sample in samples:
+        if len(sample.boxes) > len(paths.get(sample.image_paths[0], ())):
+            paths[sample.image_paths[0]] = sample.boxes
+    return paths
+
+
+def measure_looks(
+    model, decoded: Decoded, part: Sequence[int], test: Sequence[Sample], forced: TeacherForced, cache: Cache
+) -> dict[str, Any]:
+    """Where the student looks at each hop, decoding freely and with the teacher's latents in the slots."""
+    own = Decoded(probes=[decoded.probes[place] for place in part])
+    paths = longest_path(test)
+    boxes, candidates = [s.boxes.tolist() for s in test], [paths[s.image_paths[0]].tolist() for s in test]
+    measured = {}
+    for name, maps in (
+        ("free_running", free_running_maps(model, own, test, cache)),
+        ("teacher_forced", forced.student_maps),
+    ):
+        measured[name] = {"by_hop": hop_grounding(maps, boxes, candidates)}
+        looked = [(spans, own_boxes) for spans, own_boxes in zip(maps, boxes) if spans is not None]
+        if looked:
+            measured[name] |= grounding(*zip(*looked))
     return measured
 
 
-def untrained_student_grounding(stage1: Path, processor, test: Sequence[Sample], cache: Cache) -> dict[str, Any]:
-    """Grounding of a fresh student on the stage-1 model: the "before" of stage 2."""
-    torch.manual_seed(0)
-    base = VReflectionForConditionalGeneration.from_pretrained(stage1, dtype=torch.float32)
-    model = VReflectionForConditionalGeneration.from_base(base, "stage2")
-    decoded = decode_answers(model, processor, test, cache)
-    return measure_grounding(model, decoded, teacher_forced(model, processor, test, cache), test, cache)
+# Examples
+
+
+def chosen_examples(test: Sequence[Sample], count: int) -> list[Sample]:
+    """The first images' longest questions, then shorter ones: as they come, not by how they were answered."""
+    most = max(hops_of(sample) for sample in test)
+    by_image: dict[str, dict[int, Sample]] = {}
+    for sample in test:
+        by_image.setdefault(sample.image_paths[0], {})[hops_of(sample)] = sample
+    wanted = [most - (place % 3 if most > 2 else 0) for place in range(count)]
+    return [of[hops] for of, hops in zip(by_image.values(), wanted) if hops in of]
 
 
 def examples(model, processor, test: Sequence[Sample], cache: Cache, count: int) -> list[dict[str, Any]]:
-    """What each of the first questions looks at, step by step, during real decoding; right or wrong as they come."""
-    shown = list(test[:count])
-    decoded = decode_answers(model, processor, shown, cache)
-    forced = teacher_forced(model, processor, shown, cache)
-    swapped: list[str | None] = [None] * len(shown)
-    if len({expected_answer(sample) for sample in shown}) > 1:
-        latents = stack_latents(decoded, forced.latents[0])[swap_partners(shown)]
-        swapped = decode_answers(model, processor, shown, cache, latents=latents).answers
-    maps = free_running_maps(model, decoded, shown, cache)
+    """What each of a few questions looks at, hop by hop, during real decoding; right or wrong as they come."""
+    shown = chosen_examples(test, count)
+    decode = functools.partial(decode_answers, model.eval(), processor, shown, cache, max_new_tokens=MAX_NEW_TOKENS)
+    decoded = decode()
+    # Latents of another image of the same number of hops; from all questions, as a few may have no partner.
+    pool = [*shown, *(s for s in test if s not in shown)][: 16 * max(count, 1)]
+    partners = swap_partners(pool)[: len(shown)]
+    others = [pool[partner] for partner in partners]
+    theirs = decode_answers(model, processor, others, cache, max_new_tokens=MAX_NEW_TOKENS)
+    swapped = decode(latents=partners_latents(theirs, range(len(shown))))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="decoding with 0 latent steps")
+        removed = decode(latent_steps=0, allow_other_latent_steps=True)
+    maps = free_running_maps(model, decoded, shown, cache) if model.config.traits.student else [None] * len(shown)
     rows = []
-    for i, sample in enumerate(shown):
-        own = maps[i]
-        steps = [] if own is None else own.tolist()
-        boxes = [sample.boxes[0].tolist()]
-        mass = [] if own is None else [grounding([step[None]], boxes)["mass"] for step in own]
+    for place, sample in enumerate(shown):
+        boxes = sample.boxes.tolist()
+        spans = maps[place] or []
         rows.append(
             {
                 "id": str(sample.question_id),
+                "hops": hops_of(sample),
                 "question": sample.conversations[0].text.replace("<image>", "").strip(),
                 "expected": expected_answer(sample),
-                "predicted": decoded.answers[i] or decoded.texts[i],
-                "correct": decoded.answers[i] == expected_answer(sample),
-                "predicted_swapped": swapped[i],
-                "box": boxes[0],
+                "predicted": decoded.answers[place] or decoded.texts[place],
+                "correct": decoded.answers[place] == expected_answer(sample),
+                "predicted_swapped": swapped.answers[place],
+                "partner_answer": expected_answer(others[place]),
+                "predicted_removed": removed.answers[place],
+                "boxes": boxes,
                 "image": sample.image_paths[0],
-                "step_maps": steps,
-                "teacher_map": forced.teacher_maps[i].mean(0).tolist(),
-                "student_map": forced.student_maps[i].mean(0).tolist() if forced.student_maps else None,
-                "mass_in_box": mass,
+                "spans": [span.tolist() for span in spans],
+                "mass_in_box": [grounding([span], [box])["mass"] for span, box in zip(spans, boxes)],
             }
         )
     return rows

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 PATCH_SIZE = 14  # pixels
 MERGE_SIZE = 2  # patches per visual token and side
-VOCABULARY = 384  # rows of the embedding table; the tokenizer fills 363
+VOCABULARY = 384  # rows of the embedding table; the tokenizer fills 378
 LLM_WIDTH = 192
 
 VISION_SETTINGS = {
@@ -57,10 +57,10 @@ def base_dir() -> Path:
     return Path(__file__).parent / "assets" / "base"
 
 
-def base_config(tokenizer: PreTrainedTokenizerFast | None = None) -> Qwen2_5_VLConfig:
+def base_config(tokenizer: PreTrainedTokenizerFast | None = None, layers: int | None = None) -> Qwen2_5_VLConfig:
     """Configuration of the base model, with the tokenizer's special ids and the four `lvr_*_id` attributes.
 
-    Vision: 4 blocks of 128, all with full attention; language model: 4 layers of 192, tied embeddings.
+    Vision: 4 blocks of 128, all with full attention; language model: `layers` (4) layers of 192, tied embeddings.
     """
     from transformers import Qwen2_5_VLConfig
 
@@ -68,6 +68,8 @@ def base_config(tokenizer: PreTrainedTokenizerFast | None = None) -> Qwen2_5_VLC
     text_ids = {name: ids.pop(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     # pad_token_id stays out of the text config: it would zero and freeze an embedding row.
     text = TEXT_SETTINGS | {"bos_token_id": text_ids["bos_token_id"], "eos_token_id": text_ids["eos_token_id"]}
+    if layers is not None:
+        text["num_hidden_layers"] = layers
     return Qwen2_5_VLConfig(
         vision_config=dict(VISION_SETTINGS), text_config=text, tie_word_embeddings=True, **text_ids, **ids
     )
@@ -126,9 +128,9 @@ def save_base(
     model: Qwen2_5_VLForConditionalGeneration,
     tokenizer: PreTrainedTokenizerFast,
     out_dir: str | os.PathLike[str],
-    extra_files: dict[str, str] | None = None,
+    extra_files: dict[str, bytes] | None = None,
 ) -> Path:
-    """Write a transformers folder with bf16 weights, tokenizer and image processor; `extra_files` maps name to text.
+    """Write a transformers folder with bf16 weights, tokenizer and image processor; `extra_files` maps name to bytes.
 
     The folder is completed beside `out_dir` and then renamed. An existing `out_dir` is replaced only if it is empty
     or holds a model (config.json).
@@ -155,8 +157,8 @@ def save_base(
         _drop_axial_rope(staging / "config.json")
         tokenizer.save_pretrained(staging)
         build_image_processor().save_pretrained(staging)
-        for name, text in (extra_files or {}).items():
-            (staging / name).write_text(text, encoding="utf-8")
+        for name, content in (extra_files or {}).items():
+            (staging / name).write_bytes(content)
         for path in staging.iterdir():
             path.chmod(0o644)  # safetensors writes files that only their owner can read
         if out_dir.exists():

@@ -6,8 +6,8 @@ import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from vreflection.quickstart.notes import CAPTION_PROMPT, JPEG_QUALITY, Note, Scene, scene_at
-from vreflection.quickstart.tokenizer import IMAGE_PAD
+from vreflection.quickstart.notes import JPEG_QUALITY, Note, Scene
+from vreflection.quickstart.tokenizer import CAPTION_PROMPT, IMAGE_PAD
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,9 +25,16 @@ def prompt_ids(tokenizer: PreTrainedTokenizerFast, text: str = CAPTION_PROMPT) -
     return tokenizer(prompt.replace(IMAGE_PAD, IMAGE_PAD * VISUAL_TOKENS)).input_ids
 
 
-def caption_text(notes: Sequence[Note]) -> str:
-    """Caption of notes in the given order, e.g. " red 7 blue 3"; every word carries its leading space."""
-    return "".join(f" {note.colour} {note.digit}" for note in notes)
+def caption_text(notes: Sequence[Note], digit_first: bool = False) -> str:
+    """Caption of notes in the given order; every word carries its leading space.
+
+    A plain note is " red 7", a framed one paper, frame and digit, " red blue 7"; with `digit_first` " red 7 blue".
+    """
+    words = []
+    for note in notes:
+        frame = [] if note.frame is None else [note.frame]
+        words += [note.colour, *([str(note.digit), *frame] if digit_first else [*frame, str(note.digit)])]
+    return "".join(f" {word}" for word in words)
 
 
 def jpeg_round_trip(pixels_HWC: np.ndarray) -> Image:
@@ -37,11 +44,6 @@ def jpeg_round_trip(pixels_HWC: np.ndarray) -> Image:
     buffer = io.BytesIO()
     Image.fromarray(pixels_HWC).save(buffer, format="JPEG", quality=JPEG_QUALITY)
     return Image.open(buffer).convert("RGB")
-
-
-def validation_scenes(count: int, seed: int = 0) -> list[Scene]:
-    """The first `count` scenes of the validation split (its photos and digits are never trained on)."""
-    return [scene_at("validation", index, seed) for index in range(count)]
 
 
 def generate_captions(
@@ -66,7 +68,7 @@ def generate_captions(
             mm_token_type_ids=(input_ids == model.config.image_token_id).int(),
             pixel_values=batch["pixel_values"].to(model.dtype),
             image_grid_thw=batch["image_grid_thw"],
-            max_new_tokens=16,
+            max_new_tokens=24,
             do_sample=False,
         )
         captions += tokenizer.batch_decode(output_ids[:, prompt.numel() :], skip_special_tokens=True)
@@ -74,12 +76,14 @@ def generate_captions(
 
 
 def caption_score(caption: str, notes: Sequence[Note]) -> float:
-    """Share of `notes` listed with the right digit; a colour named twice counts by its first digit."""
+    """Share of `notes` listed with everything right, in either order; a colour listed twice counts by its first."""
     words = caption.split()
-    said: dict[str, str] = {}
-    for colour, digit in zip(words[::2], words[1::2]):
-        said.setdefault(colour, digit)
-    return sum(said.get(note.colour) == str(note.digit) for note in notes) / len(notes)
+    size = 2 if notes[0].frame is None else 3
+    listed: dict[str, set[str]] = {}
+    for start in range(0, len(words), size):
+        listed.setdefault(words[start], set(words[start + 1 : start + size]))
+    expected = [{str(note.digit)} | ({note.frame} if note.frame else set()) for note in notes]
+    return sum(listed.get(note.colour) == words for note, words in zip(notes, expected)) / len(notes)
 
 
 def caption_accuracy(

@@ -1,4 +1,4 @@
-"""The toy task: coloured notes with handwritten digits pinned on photographs, and its Visual-CoT dataset files.
+"""Coloured notes with handwritten digits, pinned on photographs: what the tasks of the quickstart are drawn from.
 
 Shape suffixes: H, W image rows and columns (pixels), C colour channels.
 """
@@ -6,16 +6,11 @@ Shape suffixes: H, W image rows and columns (pixels), C colour channels.
 from __future__ import annotations
 
 import functools
-import json
-import os
-import shutil
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vreflection.quickstart.photos import INSTALL_HINT, SPLITS, check_split, load_photo, photos_of
+from vreflection.quickstart.photos import INSTALL_HINT, check_split, load_photo, photos_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,8 +18,9 @@ if TYPE_CHECKING:
 IMAGE_SIZE = 224  # pixels; 8 x 8 visual tokens of 28 px
 CELL = 14  # pixels; notes sit on the patch grid
 GRID = IMAGE_SIZE // CELL
-NOTE_CELLS = (3, 4)  # 42 or 56 px
-NOTES_PER_IMAGE = 5
+PLAIN_CELLS = (3, 4)  # notes without a frame: 42 or 56 px
+FRAMED_CELLS = (4,)  # notes with one: 56 px
+FRAME_WIDTH = 5  # pixels
 COLOUR_JITTER = 20  # per channel, in 0..255
 JPEG_QUALITY = 95
 TEST_DIGITS_PER_CLASS = 36  # 360 of 1,797
@@ -41,15 +37,19 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "pink": (246, 152, 200),
     "white": (232, 232, 232),
 }
-QUESTION = "what digit is on the {colour} note ?"
-CAPTION_PROMPT = "list the notes :"
+COLOUR_NAMES = tuple(COLOURS)
 
 ProgressCallback = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class Note:
-    """One square note: `x`, `y`, `size` in pixels (multiples of 14), `digit_index` into the digits of scikit-learn."""
+    """One square note.
+
+    Attributes:
+        colour: of the paper. digit, digit_index: what is written on it, and which of scikit-learn's digits that is.
+        x, y, size: pixels, multiples of 14. frame: colour of the frame, or None.
+    """
 
     colour: str
     digit: int
@@ -57,6 +57,7 @@ class Note:
     x: int
     y: int
     size: int
+    frame: str | None = None
 
     @property
     def box(self) -> tuple[float, float, float, float]:
@@ -134,7 +135,7 @@ def _photo_pyramid(name: str) -> tuple[np.ndarray, ...]:
     return tuple(levels)
 
 
-def _crop(rng: np.random.Generator, split: str) -> tuple[np.ndarray, str]:
+def random_crop(rng: np.random.Generator, split: str) -> tuple[np.ndarray, str]:
     """A random 224x224 crop (scale, place, mirror) of one of the split's photos."""
     photos = photos_of(split)
     name = photos[rng.integers(len(photos))].name
@@ -146,135 +147,96 @@ def _crop(rng: np.random.Generator, split: str) -> tuple[np.ndarray, str]:
     return (crop[:, ::-1] if rng.random() < 0.5 else crop).copy(), name
 
 
-def _places(rng: np.random.Generator, count: int) -> list[tuple[int, int, int]]:
-    """Up to `count` non-overlapping squares as (column, row, cells); fewer only when the grid is full."""
+def free_places(rng: np.random.Generator, count: int, cells: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Up to `count` squares that do not overlap, as (column, row, cells); fewer only when the grid is full.
+
+    Args:
+        cells: sizes to choose from, in cells of 14 pixels.
+    """
     import numpy as np
 
+    most: list[tuple[int, int, int]] = []
     for _ in range(20):
         taken = np.zeros((GRID, GRID), dtype=bool)
         places: list[tuple[int, int, int]] = []
         for _ in range(12 * count):
-            cells = NOTE_CELLS[rng.integers(len(NOTE_CELLS))]
-            column, row = rng.integers(GRID - cells + 1, size=2)
-            window = taken[row : row + cells, column : column + cells]
+            size = cells[int(rng.integers(len(cells)))]
+            column, row = rng.integers(GRID - size + 1, size=2)
+            window = taken[row : row + size, column : column + size]
             if window.any():
                 continue
             window[:] = True
-            places.append((int(column), int(row), cells))
+            places.append((int(column), int(row), size))
             if len(places) == count:
                 return places
-        if count > NOTES_PER_IMAGE:  # crowded pre-training scenes take what fits
+        most = max(most, places, key=len)
+        if count > len(COLOURS):  # crowded pre-training scenes take what fits
+            break
+    return most
+
+
+def all_places(rng: np.random.Generator, count: int, cells: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Exactly `count` places."""
+    for _ in range(20):
+        places = free_places(rng, count, cells)
+        if len(places) == count:
             return places
     raise RuntimeError(f"could not place {count} notes on a {GRID}x{GRID} grid")
 
 
-def _draw(pixels_HWC: np.ndarray, note: Note, rng: np.random.Generator) -> None:
-    """Paint one note and its digit in place."""
+def draw_note(pixels_HWC: np.ndarray, note: Note, rng: np.random.Generator) -> None:
+    """Paint one note, its frame and its digit in place."""
     import numpy as np
 
-    jitter = rng.integers(-COLOUR_JITTER, COLOUR_JITTER + 1, size=3)
-    paper = np.clip(np.array(COLOURS[note.colour]) + jitter, 0, 255)
-    opacity = _ink(note.size)[note.digit_index].astype(np.float32)[..., None] / 255
+    def jittered(colour: str) -> np.ndarray:
+        jitter = rng.integers(-COLOUR_JITTER, COLOUR_JITTER + 1, size=3)
+        return np.clip(np.array(COLOURS[colour]) + jitter, 0, 255)
+
+    paper, left, top, size = jittered(note.colour), note.x, note.y, note.size
+    if note.frame is not None:
+        pixels_HWC[top : top + size, left : left + size] = jittered(note.frame)
+        left, top, size = left + FRAME_WIDTH, top + FRAME_WIDTH, size - 2 * FRAME_WIDTH
+    opacity = _ink(size)[note.digit_index].astype(np.float32)[..., None] / 255
     painted = paper * (1 - 0.88 * opacity)  # the ink keeps 12 % of the paper's colour
-    pixels_HWC[note.y : note.y + note.size, note.x : note.x + note.size] = painted.round().astype(np.uint8)
+    pixels_HWC[top : top + size, left : left + size] = painted.round().astype(np.uint8)
 
 
-def make_scene(split: str, rng: np.random.Generator, count: int = NOTES_PER_IMAGE) -> Scene:
-    """Render one scene from the photos and digits of `split`.
+def pin_notes(
+    split: str,
+    rng: np.random.Generator,
+    places: Sequence[tuple[int, int, int]],
+    colours: Sequence[str],
+    frames: Sequence[str | None],
+    pixels_HWC: np.ndarray,
+) -> tuple[Note, ...]:
+    """Draw notes with random digits of the split at `places`, in that order."""
+    labels, owned = _digits()[1], digit_indices(split)
+    notes = []
+    for (column, row, cells), colour, frame in zip(places, colours, frames, strict=True):
+        index = owned[rng.integers(len(owned))]
+        note = Note(colour, int(labels[index]), index, column * CELL, row * CELL, cells * CELL, frame)
+        draw_note(pixels_HWC, note, rng)
+        notes.append(note)
+    return tuple(notes)
+
+
+def random_scene(split: str, rng: np.random.Generator, count: int, framed: bool = False) -> Scene:
+    """Notes of random colours anywhere on a crop of one of the split's photos.
 
     Args:
         split: train, validation or test.
         rng: NumPy generator; the scene is a function of its state alone.
-        count: notes to place. Up to 8 notes have distinct colours; above that colours repeat and, when the
-            grid is full, fewer notes are placed.
+        count: notes to place. Up to 8 notes have distinct colours; above that colours repeat and, when the grid is
+            full, fewer notes are placed.
+        framed: give every note a frame of a random other colour.
     """
-    pixels_HWC, photo = _crop(rng, split)
-    labels = _digits()[1]
-    owned = digit_indices(split)
-    names = list(COLOURS)
-    notes = []
-    places = _places(rng, count)
-    order = rng.permutation(len(names)) if len(places) <= len(names) else rng.integers(len(names), size=len(places))
-    for (column, row, cells), colour in zip(places, order):
-        index = owned[rng.integers(len(owned))]
-        note = Note(names[colour], int(labels[index]), index, column * CELL, row * CELL, cells * CELL)
-        _draw(pixels_HWC, note, rng)
-        notes.append(note)
-    return Scene(pixels_HWC, tuple(notes), photo)
-
-
-def scene_at(split: str, index: int, seed: int) -> Scene:
-    """The scene number `index` of the dataset (`split`, `seed`): independent of how many others are drawn."""
-    import numpy as np
-
-    return make_scene(split, np.random.default_rng([seed, SPLITS.index(check_split(split)), index]))
-
-
-def _row(split: str, index: int, scene: Scene, asked: Note) -> dict:
-    question = QUESTION.format(colour=asked.colour)
-    return {
-        "dataset": "notes",
-        "split": split,
-        "question_id": index,
-        "image": f"notes/{split}_{index:05d}.jpg",
-        "conversations": [
-            {"from": "human", "value": f"<image>\n{question}"},
-            {"from": "gpt", "value": f"<lvr>\n<answer> {asked.digit} </answer>"},
-        ],
-        "bboxes": [list(asked.box)],
-    }
-
-
-def write_dataset(
-    out_dir: str | os.PathLike[str],
-    split: str,
-    count: int,
-    seed: int = 0,
-    on_progress: ProgressCallback | None = None,
-) -> Path:
-    """Write `count` images with one question each and return the path of the Visual-CoT file.
-
-    Layout: `out_dir/<split>.json` (a list of rows) and `out_dir/images/notes/<split>_00000.jpg`; a row's `image` is
-    relative to `out_dir/images`. Boxes are x0, y0, x1, y1 as fractions of the image. The same arguments give the
-    same bytes, and row i does not depend on `count`. Everything is first written to a temporary folder inside
-    `out_dir`; the JSON file appears last, so a file that exists is complete.
-
-    Args:
-        on_progress: called as `on_progress(done, total)` after every image.
-    """
-    from PIL import Image
-
-    check_split(split)
-    if count < 1:
-        raise ValueError(f"count must be at least 1; got {count}")
-    out_dir = Path(out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{split}-", dir=out_dir))
-    try:
-        rows = []
-        for index in range(count):
-            scene = scene_at(split, index, seed)
-            row = _row(split, index, scene, scene.notes[0])
-            Image.fromarray(scene.pixels_HWC).save(staging / Path(row["image"]).name, quality=JPEG_QUALITY)
-            rows.append(row)
-            if on_progress is not None:
-                on_progress(index + 1, count)
-        listing = staging / f"{split}.json"
-        listing.write_text(json.dumps(rows, indent=1), encoding="utf-8")
-        return _publish(staging, listing, out_dir, split)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _publish(staging: Path, listing: Path, out_dir: Path, split: str) -> Path:
-    """Move finished files into place: an older listing goes first, the new one comes last."""
-    final = out_dir / listing.name
-    final.unlink(missing_ok=True)
-    images = out_dir / "images" / "notes"
-    images.mkdir(parents=True, exist_ok=True)
-    for stale in images.glob(f"{split}_*.jpg"):
-        stale.unlink()
-    for path in sorted(staging.glob("*.jpg")):
-        path.replace(images / path.name)
-    listing.replace(final)
-    return final
+    pixels_HWC, photo = random_crop(rng, split)
+    few = count <= len(COLOURS)
+    places = (all_places if few else free_places)(rng, count, FRAMED_CELLS if framed else PLAIN_CELLS)
+    kinds = len(COLOUR_NAMES)
+    order = rng.permutation(kinds)[: len(places)] if few else rng.integers(kinds, size=len(places))
+    colours = [COLOUR_NAMES[colour] for colour in order]
+    frames: list[str | None] = [None] * len(places)
+    if framed:
+        frames = [COLOUR_NAMES[(colour + 1 + rng.integers(kinds - 1)) % kinds] for colour in order]
+    return Scene(pixels_HWC, pin_notes(split, rng, places, colours, frames, pixels_HWC), photo)

@@ -11,7 +11,7 @@ logger = logging.getLogger(__name__)
 
 
 def page_examples(count: int = 4) -> list[dict[str, Any]]:
-    """`title`, `question`, `image` (a data address) and `box` of each; none where the photographs are not installed."""
+    """`title`, `question`, `image` (a data address) and `boxes` in hop order; none without the photographs."""
     from .photos import INSTALL_HINT
 
     try:
@@ -22,20 +22,22 @@ def page_examples(count: int = 4) -> list[dict[str, Any]]:
         return []
     from PIL import Image
 
-    from .notes import JPEG_QUALITY, QUESTION, scene_at
+    from .notes import JPEG_QUALITY
+    from .tasks import TASKS, question_text, scene_at
 
+    task = TASKS["follow_the_notes"]
+    hops = [task.hops[-1 - place % 3] for place in range(count)]
     made = []
-    for index in range(count):
-        scene = scene_at("test", index, 1)
-        asked = scene.notes[0]
-        held = io.BytesIO()
-        Image.fromarray(scene.pixels_HWC).save(held, "JPEG", quality=JPEG_QUALITY)
+    for index, number in enumerate(hops):
+        scene = scene_at(task, "test", index, 1)
+        picture = io.BytesIO()
+        Image.fromarray(scene.pixels_HWC).save(picture, "JPEG", quality=JPEG_QUALITY)
         made.append(
             {
-                "title": f"{asked.colour} note",
-                "question": QUESTION.format(colour=asked.colour),
-                "image": "data:image/jpeg;base64," + base64.b64encode(held.getvalue()).decode(),
-                "box": list(asked.box),
+                "title": f"{scene.notes[0].colour}, {number} hops",
+                "question": question_text(task, scene, number),
+                "image": "data:image/jpeg;base64," + base64.b64encode(picture.getvalue()).decode(),
+                "boxes": [list(note.box) for note in task.path(scene, number)],
             }
         )
     return made

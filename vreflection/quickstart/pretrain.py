@@ -1,6 +1,9 @@
-"""Pre-train the quickstart's base from random weights: a dense loss on the vision tower, then captions.
+"""Pre-train the quickstart's base from random weights, in two phases.
 
-Reads training photos and training digits only; the questions of the later stages never appear.
+1. Vision tower: every visual token names the digit, the paper and the frame of its note.
+2. Captions: the language model lists the notes of an image, from the now frozen visual tokens.
+
+It never sees a question. Reads training photos and training digits only.
 Shape suffixes: B images of a batch, P of the pool, S sequence positions, N visual tokens (64), D features.
 """
 
@@ -24,18 +27,9 @@ from vreflection.quickstart.captioning import (
     caption_text,
     jpeg_round_trip,
     prompt_ids,
-    validation_scenes,
 )
-from vreflection.quickstart.notes import (
-    CELL,
-    COLOURS,
-    GRID,
-    NOTES_PER_IMAGE,
-    Note,
-    ProgressCallback,
-    Scene,
-    make_scene,
-)
+from vreflection.quickstart.notes import CELL, COLOURS, GRID, ProgressCallback, Scene, random_scene
+from vreflection.quickstart.tasks import TASKS, FollowTheNotes, OneHop, scene_at
 from vreflection.quickstart.tokenizer import build_tokenizer
 
 if TYPE_CHECKING:
@@ -44,34 +38,44 @@ if TYPE_CHECKING:
     from torch import nn
 
 IGNORED = -100
-BACKGROUND_DIGIT = 10
-BACKGROUND_COLOUR = len(COLOURS)
+HEADS_FILE = "vision_heads.safetensors"
+# Dense labels of a visual token: classes without the background, and the background's weight in the loss.
+LABELS = {"digit": (10, 0.1), "colour": (len(COLOURS), 0.2), "frame": (len(COLOURS), 0.2)}
+FOLLOW, ONE_HOP = FollowTheNotes(), OneHop()
 
 
 @dataclass(frozen=True)
 class PretrainSettings:
-    """The recipe. Steps count optimiser updates; learning rates follow a warm-up and a cosine down to 10 %."""
+    """The recipe. Steps count optimiser updates; learning rates follow a warm-up and a cosine down to 10 %.
 
-    vision_steps: int = 400
-    caption_steps: int = 300  # digits are right after 100; naming every note once takes the rest
-    caption_images: int = 2048  # their visual tokens are computed once and reused
+    Attributes:
+        layers: of the language model. vision_from: folder of a base whose vision tower is taken over, with its part of
+            the log; then no vision step is made. caption_images: their visual tokens are computed once and reused; one
+            in four is without frames. crowded_notes: three of four vision batches hold up to this many. word_norm: of
+            the digit and colour embeddings that are taken from the dense heads.
+    """
+
+    layers: int = 4
+    vision_from: str | None = None
+    vision_steps: int = 800
+    caption_steps: int = 350
+    caption_images: int = 2048
     batch_size: int = 32
     learning_rate: float = 1.5e-3
     betas: tuple[float, float] = (0.9, 0.98)
     weight_decay: float = 0.02
     warm_up: int = 20
     clip: float = 1.0
-    crowded_notes: int = 16  # three of four vision batches hold up to this many notes
-    background_digit_weight: float = 0.1
-    background_colour_weight: float = 0.2
-    word_norm: float = 0.97  # of the digit and colour embeddings taken from the dense heads
+    crowded_notes: int = 14
+    word_norm: float = 0.97
     validation_images: int = 256
 
 
-def token_labels(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
-    """Digit (0..9, 10 background) and colour (0..7, 8 background) per visual token: two (64,) int64.
+def token_labels(scene: Scene) -> dict[str, np.ndarray]:
+    """Digit, paper and frame colour per visual token, `(64,)` int64 each; the last class is the background.
 
-    A token belongs to the note that covers most of its four cells; a tie between notes is ignored (-100).
+    A token belongs to the note that covers most of its four cells; a tie between notes is ignored (-100). A note
+    without a frame has the background's.
     """
     import numpy as np
 
@@ -83,14 +87,18 @@ def token_labels(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
     counts = (cells_N4[:, :, None] == np.arange(len(scene.notes))).sum(1)
     ranked = np.sort(counts, axis=1)
     best = counts.argmax(1)
-    names = list(COLOURS)
-    digits = np.array([note.digit for note in scene.notes])[best]
-    colours = np.array([names.index(note.colour) for note in scene.notes])[best]
     tied = ranked[:, -1] == ranked[:, -2]
     empty = ranked[:, -1] == 0
-    digits = np.where(empty, BACKGROUND_DIGIT, np.where(tied, IGNORED, digits))
-    colours = np.where(empty, BACKGROUND_COLOUR, np.where(tied, IGNORED, colours))
-    return digits, colours
+    names = list(COLOURS)
+    classes = {
+        "digit": [note.digit for note in scene.notes],
+        "colour": [names.index(note.colour) for note in scene.notes],
+        "frame": [len(names) if note.frame is None else names.index(note.frame) for note in scene.notes],
+    }
+    return {
+        name: np.where(empty, LABELS[name][0], np.where(tied, IGNORED, np.array(of_notes)[best]))
+        for name, of_notes in classes.items()
+    }
 
 
 def initialise(model: nn.Module) -> None:
@@ -148,17 +156,19 @@ class _Pretraining:
         self.settings, self.on_progress = settings, on_progress
         torch.manual_seed(seed)
         self.tokenizer = build_tokenizer()
-        self.model = Qwen2_5_VLForConditionalGeneration(base_config(self.tokenizer)).float()
+        self.model = Qwen2_5_VLForConditionalGeneration(base_config(self.tokenizer, settings.layers)).float()
         initialise(self.model)
         width = self.model.config.text_config.hidden_size
-        self.digit_head = torch.nn.Linear(width, BACKGROUND_DIGIT + 1)
-        self.colour_head = torch.nn.Linear(width, BACKGROUND_COLOUR + 1)
-        initialise(torch.nn.ModuleList([self.digit_head, self.colour_head]))
-        self.rng = np.random.default_rng([seed, 224])
+        self.heads = torch.nn.ModuleDict(
+            {name: torch.nn.Linear(width, classes + 1) for name, (classes, _) in LABELS.items()}
+        )
+        initialise(self.heads)
+        self.seed, self.rng = seed, np.random.default_rng([seed, 224])
         self.bf16 = autocast_bf16()
         self.curve: list[dict[str, float | str]] = []
         self.pool_batches = math.ceil(settings.caption_images / settings.batch_size)
-        self.total = settings.vision_steps + self.pool_batches + settings.caption_steps
+        self.vision_steps = 0 if settings.vision_from else settings.vision_steps
+        self.total = self.vision_steps + self.pool_batches + settings.caption_steps
         self.done = 0
 
     def autocast(self) -> torch.autocast:
@@ -166,8 +176,8 @@ class _Pretraining:
 
         return torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.bf16)
 
-    def scenes(self, count: int | None = None) -> list[Scene]:
-        return [make_scene("train", self.rng, count or NOTES_PER_IMAGE) for _ in range(self.settings.batch_size)]
+    def scenes(self, count: int, framed: bool) -> list[Scene]:
+        return [random_scene("train", self.rng, count, framed) for _ in range(self.settings.batch_size)]
 
     def features(self, scenes: list[Scene]) -> torch.Tensor:
         import numpy as np
@@ -177,92 +187,117 @@ class _Pretraining:
 
     def tick(self, phase: str, step: int = 0, **values: float) -> None:
         self.done += 1
-        last = self.done in (self.settings.vision_steps, self.total)
-        if values and (step % 10 == 0 or last):
+        if values and step % 20 == 0:
             self.curve.append({"phase": phase, "step": step, **{k: round(v, 4) for k, v in values.items()}})
         if self.on_progress is not None:
             self.on_progress(self.done, self.total)
 
-    def train_vision(self) -> None:
-        """Phase one: every visual token names the digit and the colour of its note."""
+    def vision(self) -> float:
+        """Train the vision tower, or take another base's; returns the seconds that its training took."""
         import torch
-        from torch.nn import functional as F
+
+        visual = self.model.model.visual
+        if self.settings.vision_from is None:
+            started = time.perf_counter()
+            self.train_vision()
+            # What follows learns from the tower as it will be stored.
+            visual.load_state_dict({name: t.to(torch.bfloat16) for name, t in visual.state_dict().items()})
+            return time.perf_counter() - started
+        from safetensors.torch import load_file
+
+        folder = Path(self.settings.vision_from)
+        visual.load_state_dict(load_base(folder)[0].model.visual.state_dict())
+        self.heads.load_state_dict(load_file(folder / HEADS_FILE))
+        log = json.loads((folder / "training_log.json").read_text(encoding="utf-8"))
+        self.curve += [point for point in log["curve"] if point["phase"] == "vision"]
+        return log["seconds"]["vision"]
+
+    def train_vision(self) -> None:
+        """Phase one. Of four batches two are crowded with framed notes, one with plain ones, one is as in use."""
+        import torch
 
         settings = self.settings
-        digit_weight = torch.ones(BACKGROUND_DIGIT + 1)
-        digit_weight[BACKGROUND_DIGIT] = settings.background_digit_weight
-        colour_weight = torch.ones(BACKGROUND_COLOUR + 1)
-        colour_weight[BACKGROUND_COLOUR] = settings.background_colour_weight
-        modules = [self.model.model.visual, self.digit_head, self.colour_head]
+        modules = [self.model.model.visual, self.heads]
         schedule = _Schedule([p for m in modules for p in m.parameters()], settings.vision_steps, settings)
         for step in range(settings.vision_steps):
-            scenes = self.scenes(None if step % 4 == 3 else settings.crowded_notes)
-            digits, colours = _stack_labels(scenes)
+            count = FOLLOW.notes if step % 4 == 3 else settings.crowded_notes
+            scenes = self.scenes(count, framed=step % 4 != 2)
+            labels = _stack_labels(scenes)
             with self.autocast():
                 features = self.features(scenes)
-                digit_logits, colour_logits = self.digit_head(features), self.colour_head(features)
-            digit_loss = F.cross_entropy(digit_logits.float().flatten(0, 1), digits, digit_weight, ignore_index=IGNORED)
-            colour_loss = F.cross_entropy(
-                colour_logits.float().flatten(0, 1), colours, colour_weight, ignore_index=IGNORED
-            )
-            loss = digit_loss + colour_loss
+                logits = {name: head(features).float().flatten(0, 1) for name, head in self.heads.items()}
+            losses = [_dense_loss(logits[name], labels[name], name) for name in LABELS]
+            loss = torch.stack(losses).sum()
             schedule.update(loss)
-            accuracy = _on_notes(digit_logits, digits)
-            self.tick("vision", step, loss=loss.item(), digit_accuracy=accuracy)
+            accuracy = {f"{name}_accuracy": _on_notes(logits[name], labels[name], name) for name in LABELS}
+            self.tick("vision", step, loss=loss.item(), **accuracy)
 
     def take_words_from_heads(self) -> None:
         """Point the embeddings of digits and colours where the dense heads found them in the visual tokens."""
         import torch
 
         table = self.model.get_input_embeddings().weight
-        for words, head in ((map(str, range(10)), self.digit_head), (COLOURS, self.colour_head)):
+        for words, name in ((map(str, range(10)), "digit"), (COLOURS, "colour")):
             ids = [self.tokenizer(f" {word}").input_ids for word in words]
             assert all(len(pieces) == 1 for pieces in ids), "digits and colours are single tokens"
-            rows = head.weight[: len(ids)].detach()
+            rows = self.heads[name].weight[: len(ids)].detach()
             rows = torch.nn.functional.normalize(rows - rows.mean(0), dim=-1) * self.settings.word_norm
             with torch.no_grad():
                 table[torch.tensor(ids).flatten()] = rows
 
-    def train_captions(self) -> None:
-        """Phase two: the language model lists all notes in random order, from frozen visual tokens."""
+    def train_language(self) -> None:
+        """Phase two, on the visual tokens of one pool of images. A batch is framed or not, so of one length."""
+        import numpy as np
+
+        # A stream of its own, so that it does not depend on where the tower comes from.
+        self.rng = np.random.default_rng([self.seed, 225])
+        pool, features_PND = self.caption_pool()
+        framed = [place for place, scene in enumerate(pool) if scene.notes[0].frame is not None]
+        plain = [place for place, scene in enumerate(pool) if scene.notes[0].frame is None]
+        prompt, settings = prompt_ids(self.tokenizer), self.settings
+        schedule = _Schedule(list(self.model.model.language_model.parameters()), settings.caption_steps, settings)
+        for step in range(settings.caption_steps):
+            chosen = self.rng.choice(plain if step % 4 == 2 else framed, settings.batch_size, replace=False)
+            captions = [(prompt, self.caption_target(pool[place])) for place in chosen]
+            loss, accuracy = self.text_loss(captions, features_PND[chosen])
+            schedule.update(loss)
+            self.tick("caption", step, loss=loss.item(), token_accuracy=accuracy)
+
+    def caption_pool(self) -> tuple[list[Scene], torch.Tensor]:
+        """Captioning images and their visual tokens (images, N, D), from the now frozen tower."""
+        import torch
+
+        pool, features = [], []
+        for batch in range(self.pool_batches):
+            framed = batch % 4 != 3
+            scenes = self.scenes(FOLLOW.notes if framed else ONE_HOP.notes, framed)
+            with torch.no_grad(), self.autocast():
+                features.append(self.features(scenes))
+            pool += scenes
+            self.tick("features")
+        return pool, torch.cat(features)
+
+    def caption_target(self, scene: Scene) -> list[int]:
+        """A caption in fresh random orders, of the notes and of what is said of each, and the end of the turn."""
+        shuffled = [scene.notes[index] for index in self.rng.permutation(len(scene.notes))]
+        caption = caption_text(shuffled, digit_first=self.rng.random() < 0.5)
+        return self.tokenizer(caption + "<|im_end|>\n").input_ids
+
+    def text_loss(self, texts: Sequence[tuple[list[int], list[int]]], features) -> tuple[torch.Tensor, float]:
+        """Cross-entropy and token accuracy of the targets of (prompt, target) pairs, all of one length."""
         import torch
         from torch.nn import functional as F
 
-        settings = self.settings
-        schedule = _Schedule(list(self.model.model.language_model.parameters()), settings.caption_steps, settings)
-        prompt = prompt_ids(self.tokenizer)
-        pool, features_PND = self.caption_pool()
-        for step in range(settings.caption_steps):
-            chosen = self.rng.choice(len(pool), settings.batch_size, replace=False)
-            input_ids = torch.tensor([self.caption_ids(prompt, pool[index]) for index in chosen])
-            with self.autocast():
-                hidden = self.caption_hidden(input_ids, features_PND[torch.from_numpy(chosen)])
-                logits = self.model.lm_head(hidden[:, len(prompt) - 1 : -1])
-            targets = input_ids[:, len(prompt) :]
-            loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
-            schedule.update(loss)
-            right = logits[:, 1:10:2].argmax(-1) == targets[:, 1:10:2]
-            self.tick("caption", step, loss=loss.item(), digit_accuracy=float(right.float().mean()))
+        prompt_length = len(texts[0][0])
+        input_ids = torch.tensor([prompt + target for prompt, target in texts])
+        targets = input_ids[:, prompt_length:]
+        with self.autocast():
+            hidden = self.language_hidden(input_ids, features)
+            logits = self.model.lm_head(hidden[:, prompt_length - 1 : -1]).float()
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return loss, float((logits.argmax(-1) == targets).float().mean())
 
-    def caption_pool(self) -> tuple[list[tuple[Note, ...]], torch.Tensor]:
-        """Notes of the captioning images and their visual tokens (images, N, D), from the now frozen tower."""
-        import torch
-
-        notes, features = [], []
-        for _ in range(self.pool_batches):
-            scenes = self.scenes()
-            with torch.no_grad(), self.autocast():
-                features.append(self.features(scenes))
-            notes += [scene.notes for scene in scenes]
-            self.tick("features")
-        return notes, torch.cat(features)
-
-    def caption_ids(self, prompt: list[int], notes: Sequence[Note]) -> list[int]:
-        """Prompt, the caption in a fresh random order, and the end of the turn: the same length for every scene."""
-        shuffled = [notes[index] for index in self.rng.permutation(len(notes))]
-        return prompt + self.tokenizer(caption_text(shuffled) + "<|im_end|>\n").input_ids
-
-    def caption_hidden(self, input_ids: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    def language_hidden(self, input_ids: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         """Final hidden states (B, S, D) with visual tokens put in place and explicit three-axis positions."""
         import torch
 
@@ -279,38 +314,49 @@ class _Pretraining:
         return self.model.model.language_model(inputs_embeds=embeds, position_ids=positions).last_hidden_state
 
     def validate(self, scenes: list[Scene]) -> dict[str, float]:
-        """Accuracies on JPEG images: dense heads on note-covered visual tokens, and digits given their colour word."""
+        """Accuracies of the dense heads on the visual tokens of notes, on JPEG images."""
         import numpy as np
         import torch
 
-        digits, colours = _stack_labels(scenes)
+        labels = _stack_labels(scenes)
         pixels = pack_pixels(np.stack([np.asarray(jpeg_round_trip(scene.pixels_HWC)) for scene in scenes]))
-        prompt = prompt_ids(self.tokenizer)
-        input_ids = torch.tensor([self.caption_ids(prompt, scene.notes) for scene in scenes])
         with torch.no_grad():
             features = vision_features(self.model.model.visual, pixels, len(scenes))
-            logits = self.model.lm_head(self.caption_hidden(input_ids, features)[:, len(prompt) : -1 : 2])
-            right = logits[:, :NOTES_PER_IMAGE].argmax(-1) == input_ids[:, len(prompt) + 1 :: 2][:, :NOTES_PER_IMAGE]
             return {
-                "token_digit_accuracy": _on_notes(self.digit_head(features), digits),
-                "token_colour_accuracy": _on_notes(self.colour_head(features), colours, BACKGROUND_COLOUR),
-                "digit_given_colour_accuracy": float(right.float().mean()),
+                f"token_{name}_accuracy": _on_notes(head(features).flatten(0, 1), labels[name], name)
+                for name, head in self.heads.items()
+                if (labels[name] < LABELS[name][0]).logical_and(labels[name] >= 0).any()
             }
 
 
-def _stack_labels(scenes: list[Scene]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Labels of all visual tokens of a batch, flattened: two (B * 64,) int64."""
+def _stack_labels(scenes: list[Scene]) -> dict[str, torch.Tensor]:
+    """Labels of all visual tokens of a batch, flattened: (B * 64,) int64 each."""
     import numpy as np
     import torch
 
-    digits, colours = zip(*(token_labels(scene) for scene in scenes))
-    return torch.from_numpy(np.concatenate(digits)), torch.from_numpy(np.concatenate(colours))
+    labels = [token_labels(scene) for scene in scenes]
+    return {name: torch.from_numpy(np.concatenate([of[name] for of in labels])) for name in LABELS}
 
 
-def _on_notes(logits: torch.Tensor, labels: torch.Tensor, background: int = BACKGROUND_DIGIT) -> float:
-    """Accuracy over visual tokens that belong to a note."""
-    kept = (labels >= 0) & (labels != background)
-    return float((logits.flatten(0, 1).argmax(-1)[kept] == labels[kept]).float().mean())
+def _dense_loss(logits: torch.Tensor, labels: torch.Tensor, name: str) -> torch.Tensor:
+    import torch
+    from torch.nn import functional as F
+
+    classes, background = LABELS[name]
+    weight = torch.ones(classes + 1)
+    weight[classes] = background
+    return F.cross_entropy(logits, labels, weight, ignore_index=IGNORED)
+
+
+def _on_notes(logits: torch.Tensor, labels: torch.Tensor, name: str) -> float:
+    """Accuracy over visual tokens that are not background."""
+    kept = (labels >= 0) & (labels != LABELS[name][0])
+    return float((logits.argmax(-1)[kept] == labels[kept]).float().mean())
+
+
+def validation_scenes(task_name: str, count: int, seed: int = 0) -> list[Scene]:
+    """The first `count` scenes of a task's validation split (its photos and digits are never trained on)."""
+    return [scene_at(TASKS[task_name], "validation", index, seed) for index in range(count)]
 
 
 def pretrain_base(
@@ -321,40 +367,39 @@ def pretrain_base(
 ) -> Path:
     """Train the base model from scratch and write its folder; returns the folder.
 
-    Besides the usual transformers files (bf16 weights) the folder holds `training_log.json`: settings, seed, curve,
-    versions, wall time and the final metrics on validation photos and digits, the caption accuracy measured on the
-    folder as reloaded. bf16 autocast is used where the CPU has avx512_bf16, fp32 elsewhere. The global random state of
-    torch is left as it was.
+    Besides the usual transformers files (bf16 weights) the folder holds the dense heads and `training_log.json`:
+    settings, seed, curve, versions, wall time and the final metrics on validation photos and digits, those of the
+    language model measured on the folder as reloaded. bf16 autocast is used where the CPU has avx512_bf16, fp32
+    elsewhere. The global random state of torch is left as it was.
 
     Args:
         out_dir: new folder, or one that holds a model to replace.
         on_progress: called as `on_progress(done, total)` after every update and every batch of cached features.
     """
     import torch
+    from safetensors.torch import save
 
     settings = settings or PretrainSettings()
-    started, cpu_started = time.perf_counter(), time.process_time()
     with torch.random.fork_rng(devices=[]):
         run = _Pretraining(settings, seed, on_progress)
-        run.train_vision()
-        vision_seconds = time.perf_counter() - started
+        vision_seconds = run.vision()
+        language_started = time.perf_counter()
         run.take_words_from_heads()
-        run.train_captions()
-    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
-    scenes = validation_scenes(settings.validation_images)
-    metrics = run.validate(scenes)
-    folder = save_base(run.model, run.tokenizer, out_dir)
-    metrics["caption_accuracy"] = caption_accuracy(*load_base(folder), scenes)
+        run.train_language()
+    language_seconds = time.perf_counter() - language_started
+    framed = validation_scenes(FOLLOW.name, settings.validation_images)
+    plain = validation_scenes(ONE_HOP.name, settings.validation_images)
+    metrics = run.validate(framed) | {f"plain_{name}": value for name, value in run.validate(plain).items()}
+    folder = save_base(run.model, run.tokenizer, out_dir, {HEADS_FILE: save(run.heads.state_dict())})
+    reloaded = load_base(folder)
+    metrics["caption_accuracy"] = caption_accuracy(*reloaded, framed)
+    metrics["plain_caption_accuracy"] = caption_accuracy(*reloaded, plain)
     log = {
         "seed": seed,
-        "settings": asdict(settings),
+        "settings": {name: value for name, value in asdict(settings).items() if name != "vision_from"},
         "parameters": sum(parameter.numel() for parameter in run.model.parameters()),
         "autocast": "bf16" if run.bf16 else "off",
-        "seconds": {
-            "vision": round(vision_seconds, 1),
-            "caption": round(seconds - vision_seconds, 1),
-            "cpu": round(cpu_seconds, 1),
-        },
+        "seconds": {"vision": round(vision_seconds, 1), "language": round(language_seconds, 1)},
         "threads": torch.get_num_threads(),
         "versions": _versions(),
         "validation": {name: round(value, 4) for name, value in metrics.items()},

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import shutil
 import time
@@ -16,150 +15,181 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import save
 
 from .._version import __version__
-from ..data.encode import ImageTokens
+from ..data.atomic import atomic_write
 from ..data.images import open_image
 from ..data.visual_cot import Sample, read_visual_cot
 from ..model.modeling import VReflectionForConditionalGeneration
 from ..model.processor import VReflectionProcessor
 from ..visualization.report import write_report
-from .arms import examples, measure_arm, train_arm, untrained_student_grounding
+from .arms import Arm, do_arm, examples, file_hash, image_tokens
 from .base import base_dir
 from .batched_vision import vision_features
-from .notes import write_dataset
 from .photos import attributions
-from .pretrain import autocast_bf16, pretrain_base
-from .settings import QuickstartSettings
+from .pretrain import PretrainSettings, autocast_bf16, pretrain_base
+from .settings import REPORTED_ARM, QuickstartSettings
 from .summary import build_metrics
+from .tasks import write_dataset
+from .workers import run_jobs
 
 Progress = Callable[[str, int, int], None]
 FEATURE_BATCH = 32
+# Seconds on one core, for the length of progress bars only.
+EXPECTED = {"pre-training": 900.0, "data": 10.0, "visual tokens": 20.0, "report": 12.0}
+SHIPPED_LAYERS = 4
+# What several seeds, longer training and other depths gave; `vreflection quickstart --study` makes it.
+STUDY = Path(__file__).parent / "assets" / "study.json"
 
 
 @dataclass
 class Quickstart:
-    """One run in `folder`. `on_progress(phase, done, total)` is called as work is done."""
+    """One run in `folder`. `on_progress(phase, done, total)` is called as work is done.
+
+    Args:
+        from_scratch: pre-train the base model instead of using the shipped one.
+        shared_folder: where images, visual tokens and base models go; several runs may share them.
+    """
 
     settings: QuickstartSettings
     folder: Path
     on_progress: Progress
     from_scratch: bool = False
-    data_folder: Path | None = None
+    shared_folder: Path | None = None
     timings: dict[str, float] = field(default_factory=dict)
 
     def phases(self) -> list[tuple[str, float]]:
         """Phases and their expected seconds, for an overall progress bar."""
-        plan = [("pre-training", 360.0)] if self.from_scratch else []
-        plan += [("data", 3.0), ("visual tokens", 12.0)]
+        names = [*(["pre-training"] if self.trains_base else []), "data", "visual tokens"]
+        plan = [(name, EXPECTED[name]) for name in names]
         for name in self.settings.arms:
             plan.append((f"train {name}", 0.3 * self.settings.steps_of(name)))
-            plan.append((f"measure {name}", 20.0 if name.startswith("stage") else 4.0))
-        return [*plan, ("report", 6.0)]
+            plan.append((f"measure {name}", 25.0 if name.startswith("stage") else 10.0))
+        return [*plan, ("report", EXPECTED["report"])]
+
+    @property
+    def trains_base(self) -> bool:
+        return self.from_scratch or self.settings.layers != SHIPPED_LAYERS
+
+    @property
+    def shared(self) -> Path:
+        return self.shared_folder or self.folder
 
     def run(self) -> dict[str, Any]:
         """Do what is not done yet; returns the metrics, also written to `metrics.json` beside `report.html`."""
         started = time.perf_counter()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        base = self.prepare_base()
-        splits = self.prepare_data()
-        processor = VReflectionProcessor.from_pretrained(base, None, None)
-        cache = self.visual_tokens(base, processor, [s for rows in splits.values() for s in rows])
-        results = {name: self.arm(name, base, splits, cache) for name in self.settings.arms}
+        results = self.run_arms()
         self.on_progress("report", 0, 1)
         with self.timed("report"):
-            shown = self.show(results, processor, splits["test"], cache)
+            test = self.rows("test")
+            shown = self.show(test) if REPORTED_ARM in results else []
         self.timings["total"] = time.perf_counter() - started
-        return self.publish(results, shown, splits)
+        return self.publish(results, shown, test)
+
+    def run_arms(self) -> dict[str, Any]:
+        """Train and measure every arm that is not done; results by name."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        base = self.base_model()
+        if base is not None:
+            with self.timed("pre-training"):
+                train_base(base, self.on_progress)
+        self.prepare_data()
+        features = self.prepare_visual_tokens()
+        jobs = {name: self.job(name, features) for name in self.settings.arms}
+        after = {name: self.settings.start_of(name) for name in jobs}
+        results = run_jobs(do_arm, jobs, after, self.settings.worker_count, self.on_progress)
+        for result in results.values():
+            self.timings |= result["timings"]
+        return results
 
     def timed(self, phase: str) -> Timer:
         return Timer(phase, self.timings)
 
-    def prepare_base(self) -> Path:
-        if not self.from_scratch:
-            return base_dir()
-        base = self.folder / "base"
-        if not (base / "model.safetensors").exists():
-            with self.timed("pre-training"):
-                pretrain_base(
-                    base, self.settings.seed, lambda done, total: self.on_progress("pre-training", done, total)
-                )
-        return base
+    def base_model(self) -> BaseModel | None:
+        """What to pre-train first; None where the shipped base serves."""
+        if not self.trains_base:
+            return None
+        return BaseModel(self.settings, self.base, self.from_scratch)
 
-    def prepare_data(self) -> dict[str, list[Sample]]:
-        """Write the data set where it is missing and read it back with the ordinary reader."""
-        folder = self.data_folder or self.folder / "data"
-        sizes = {name: getattr(self.settings.data, name) for name in ("train", "validation", "test")}
+    @property
+    def base(self) -> Path:
+        """Folder of the base model that the arms start from."""
+        if not self.trains_base:
+            return base_dir()
+        layers = self.settings.layers
+        return self.shared / (f"base-{layers}-layers" if layers != SHIPPED_LAYERS else "base")
+
+    @property
+    def data(self) -> Path:
+        return self.shared / "data"
+
+    def prepare_data(self) -> None:
+        """Write the data set where it is missing."""
+        data = self.settings.data
+        sizes = {name: getattr(data, name) for name in ("train", "validation", "test")}
         sizes = {name: count for name, count in sizes.items() if count}
-        written = {"sizes": sizes, "seed": self.settings.data.seed, "version": __version__}
-        stamp = folder / "written.json"
+        written = {"task": self.settings.task, "version": __version__, **asdict(data)}
+        stamp = self.data / "written.json"
         with self.timed("data"):
             if not stamp.exists() or json.loads(stamp.read_text()) != written:
                 stamp.unlink(missing_ok=True)
                 total, done = sum(sizes.values()), 0
                 for split, count in sizes.items():
                     report = lambda n, _, done=done: self.on_progress("data", done + n, total)  # noqa: E731
-                    write_dataset(folder, split, count, self.settings.data.seed, report)
+                    task = self.settings.the_task
+                    write_dataset(self.data, task, split, count, data.seed, data.questions_per_image, report)
                     done += count
                 stamp.write_text(json.dumps(written))
             self.on_progress("data", 1, 1)
-            return {s: read_visual_cot(folder / f"{s}.json", folder / "images", "raise")[0] for s in sizes}
+
+    def rows(self, split: str) -> list[Sample]:
+        """Rows of a split, through the ordinary reader."""
+        return read_visual_cot(self.data / f"{split}.json", self.data / "images", "raise")[0]
 
     @torch.no_grad()
-    def visual_tokens(self, base: Path, processor, samples: list[Sample]) -> dict[str, ImageTokens]:
-        """Visual tokens of every image, once: the vision tower is frozen throughout."""
-        visual = VReflectionForConditionalGeneration.from_pretrained(base, dtype=torch.float32).eval().model.visual
-        cache: dict[str, ImageTokens] = {}
-        with self.timed("visual tokens"):
-            for start in range(0, len(samples), FEATURE_BATCH):
-                paths = [sample.image_paths[0] for sample in samples[start : start + FEATURE_BATCH]]
-                pixels = processor.process_images([open_image(path) for path in paths])
-                tokens_BND = vision_features(visual, pixels["pixel_values"], len(paths))
-                cache |= {p: (t.clone(), g) for p, t, g in zip(paths, tokens_BND, pixels["image_grid_thw"])}
-                self.on_progress("visual tokens", start + len(paths), len(samples))
-        return cache
+    def prepare_visual_tokens(self) -> Path:
+        """File of the visual tokens of every image: the vision tower is frozen throughout.
 
-    def arm(self, name: str, base: Path, splits: dict[str, list[Sample]], cache) -> dict[str, Any]:
-        """Result of one arm: kept from an earlier run if its settings are unchanged, else trained and measured."""
-        fingerprint = self.settings.fingerprint(name, file_hash(base / "model.safetensors"))
-        result_file, output = self.folder / "results" / f"{name}.json", self.folder / "arms" / name
-        if result_file.exists() and (output / "config.json").exists():
-            result = json.loads(result_file.read_text())
-            if result["fingerprint"] == fingerprint:
-                self.timings |= result["timings"]
-                self.on_progress(f"train {name}", 1, 1)
-                self.on_progress(f"measure {name}", 1, 1)
-                return result
-        result_file.unlink(missing_ok=True)
-        start = self.settings.start_of(name)
-        model = base if start == "base" else self.folder / "arms" / start
-        settings = self.settings.arm(name, model, output, autocast_bf16())
-        with self.timed(f"train {name}"):
-            trained = train_arm(settings, splits["train"], cache, lambda d, t: self.on_progress(f"train {name}", d, t))
-        self.on_progress(f"measure {name}", 0, 1)
-        with self.timed(f"measure {name}"):
-            result = measure_arm(trained, splits.get("validation", []), splits["test"], cache)
-            if name == "stage2":
-                before = untrained_student_grounding(model, trained.processor, splits["test"], cache)
-                result["grounding_before"] = before
-        self.on_progress(f"measure {name}", 1, 1)
-        timings = {phase: self.timings[phase] for phase in (f"train {name}", f"measure {name}")}
-        result |= {"fingerprint": fingerprint, "stage": settings.stage, "timings": timings}
-        result |= {"steps": self.settings.steps_of(name), "total_steps": self.settings.total_steps(name)}
-        write_json(result_file, result)
-        return result
+        Bases of other depths have the shipped one's tower.
+        """
+        base = self.base if self.from_scratch else base_dir()
+        model = VReflectionForConditionalGeneration.from_pretrained(base, dtype=torch.float32).eval()
+        visual, stamp = model.model.visual, file_hash(self.data / "written.json")
+        tower = hashlib.sha256(b"".join(t.numpy().tobytes() for t in visual.state_dict().values())).hexdigest()
+        target = self.shared / f"visual_tokens-{stamp[:8]}-{tower[:8]}.safetensors"
+        if target.exists():
+            self.on_progress("visual tokens", 1, 1)
+            return target
+        processor = VReflectionProcessor.from_pretrained(base, None, None)
+        paths = sorted((self.data / "images" / "notes").glob("*.jpg"))
+        tokens: dict[str, torch.Tensor] = {}
+        with self.timed("visual tokens"), torch.autocast("cpu", torch.bfloat16, enabled=autocast_bf16()):
+            for start in range(0, len(paths), FEATURE_BATCH):
+                batch = paths[start : start + FEATURE_BATCH]
+                pixels = processor.process_images([open_image(path) for path in batch])
+                tokens_BND = vision_features(visual, pixels["pixel_values"], len(batch))
+                tokens |= {f"notes/{path.name}": one.clone() for path, one in zip(batch, tokens_BND)}
+                self.on_progress("visual tokens", start + len(batch), len(paths))
+        with atomic_write(target) as file:
+            file.write(save(tokens))
+        return target
 
-    def show(self, results, processor, test: list[Sample], cache) -> list[dict[str, Any]]:
-        model = VReflectionForConditionalGeneration.from_pretrained(
-            self.folder / "arms" / "stage2", dtype=torch.float32
-        )
+    def job(self, name: str, features: Path, prefix: str = "") -> Arm:
+        return Arm(name, self.settings, self.base, self.folder, self.data, features, prefix)
+
+    def show(self, test: list[Sample]) -> list[dict[str, Any]]:
+        folder = self.folder / "arms" / REPORTED_ARM
+        model = VReflectionForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+        processor = VReflectionProcessor.from_pretrained(folder, None, None)
+        cache = image_tokens(next(self.shared.glob("visual_tokens-*.safetensors")), self.data)
         return examples(model, processor, test, cache, self.settings.examples)
 
-    def publish(self, results, shown, splits) -> dict[str, Any]:
-        metrics = build_metrics(
-            results, shown, splits, self.timings, asdict(self.settings), environment(), attributions()
-        )
+    def publish(self, results: dict[str, Any], shown: list[dict[str, Any]], test: list[Sample]) -> dict[str, Any]:
+        metrics = build_metrics(self.settings, results, shown, test, self.timings, environment(), attributions())
         metrics["created"] = date.today().isoformat()
+        if self.settings.task == "follow_the_notes" and STUDY.exists():
+            metrics["study"] = json.loads(STUDY.read_text(encoding="utf-8"))
         images = {row["image"]: open_image(row["image"]) for row in shown}
         # Pictures are named by question in the published numbers, not by where this machine keeps them.
         names = {row["image"]: row["id"] for row in shown}
@@ -168,6 +198,28 @@ class Quickstart:
         write_report(metrics, {names[path]: image for path, image in images.items()}, self.folder / "report.html")
         self.on_progress("report", 1, 1)
         return metrics
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A base model to pre-train into `folder`: all of it, or the language model on the shipped vision tower.
+
+    With one tower depth is all that differs between bases.
+    """
+
+    settings: QuickstartSettings
+    folder: Path
+    from_scratch: bool = False
+
+
+def train_base(base: BaseModel, on_progress: Progress) -> None:
+    """Pre-train a base model where it is missing."""
+    if (base.folder / "model.safetensors").exists():
+        on_progress("pre-training", 1, 1)
+        return
+    tower = None if base.from_scratch else str(base_dir())
+    recipe = PretrainSettings(layers=base.settings.layers, vision_from=tower)
+    pretrain_base(base.folder, 0, lambda done, total: on_progress("pre-training", done, total), recipe)
 
 
 class Timer:
@@ -190,21 +242,15 @@ def environment() -> dict[str, str | int]:
         "transformers": transformers.__version__,
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
-        "threads": torch.get_num_threads(),
         "training arithmetic": "bf16 autocast, fp32 weights" if autocast_bf16() else "fp32",
     }
-
-
-def file_hash(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(value, indent=1))
-    os.replace(partial, path)
+    with atomic_write(path) as file:
+        file.write(json.dumps(value, indent=1).encode())
 
 
 def start_over(folder: Path) -> None:
@@ -213,3 +259,7 @@ def start_over(folder: Path) -> None:
         shutil.rmtree(folder / name, ignore_errors=True)
     for name in ("metrics.json", "report.html"):
         (folder / name).unlink(missing_ok=True)
+    for tokens in folder.glob("visual_tokens-*.safetensors"):
+        tokens.unlink()
+    for base in folder.glob("base-*-layers"):
+        shutil.rmtree(base, ignore_errors=True)

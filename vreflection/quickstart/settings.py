@@ -1,44 +1,81 @@
-"""Quickstart settings from `configs/quickstart.yaml`: sizes, and one training run per arm."""
+"""Quickstart settings from `configs/quickstart*.yaml`: the task, sizes, and one training run per arm."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import yaml
+from typing import Any
 
 from ..errors import ConfigError
-from ..training.config import apply_override, config_file, merge
-from ..training.settings import TrainSettings
+from ..training.config import apply_override, config_file, merge, read_values
+from ..training.settings import TrainSettings, check_choice
 from ..training.values import build, convert
+from .tasks import TASKS, Task, task_named
 
-MAIN_ARMS = ("stage1", "stage2")
+FILES = {"follow_the_notes": "quickstart.yaml", "one_hop": "quickstart_one_hop.yaml"}
+REPORTED_ARM = "stage2"  # its checkpoint is decoded for the report's pictures
+ROWS = ("latent", "chain")  # answers with latent spans, or spelled out in words
+ARM_KEYS = ("start", "rows", "curriculum")
 
 
 @dataclass(frozen=True)
 class SplitSizes:
-    """Questions (one image each) per split, and the seed that draws them."""
+    """Images per split, the seed that draws them, and questions per training image.
 
-    train: int = 1024
+    Held-out images are asked every number of hops.
+    """
+
+    train: int = 2048
     validation: int = 0
-    test: int = 512
+    test: int = 200
     seed: int = 0
+    questions_per_image: int = 2
 
 
 @dataclass(frozen=True)
 class QuickstartSettings:
-    """Parsed settings. `arms` holds raw values; `arm(name, …)` makes a run of one."""
+    """Parsed settings. `arms` holds raw values; `arm(name, …)` makes a run of one.
 
+    Attributes:
+        task: of `tasks.TASKS`. layers: of the language model; other than 4, its base is pre-trained first.
+        examples: held-out questions shown in the report. interventions: test images asked again with latents swapped
+            or removed. decode_every: steps between decodings of the validation questions during training, 0 for never.
+        workers: arms trained side by side, a thread each; 0 for one per core, at most two.
+        shared: merged under every arm.
+    """
+
+    task: str = "follow_the_notes"
     seed: int = 0
+    layers: int = 4
     data: SplitSizes = field(default_factory=SplitSizes)
-    examples: int = 12
+    examples: int = 6
+    interventions: int = 64
+    decode_every: int = 0
+    workers: int = 0
     shared: dict = field(default_factory=dict)
     arms: dict = field(default_factory=dict)
 
+    @property
+    def the_task(self) -> Task:
+        return task_named(self.task)
+
+    @property
+    def worker_count(self) -> int:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return self.workers or max(1, min(2, cores))
+
     def start_of(self, name: str) -> str:
+        """`base`, or the arm whose checkpoint this one starts from."""
         return self.arms[name].get("start", "base")
+
+    def rows_of(self, name: str) -> str:
+        return self.arms[name].get("rows", "latent")
+
+    def has_curriculum(self, name: str) -> bool:
+        return bool(self.arms[name].get("curriculum", False))
 
     def steps_of(self, name: str) -> int:
         return int(merge(self.shared, self.arms[name]).get("trainer", {}).get("max_steps", 0))
@@ -51,7 +88,10 @@ class QuickstartSettings:
     def arm(self, name: str, model: Path, output: Path, bf16: bool) -> TrainSettings:
         """Training settings of one arm, on the CPU, in bf16 autocast where that is fast."""
         values = merge(self.shared, self.arms[name])
-        values.pop("start", None)
+        for key in ARM_KEYS:
+            values.pop(key, None)
+        if self.has_curriculum(name):
+            values["data"] = {**values.get("data", {}), "shuffle": False}
         values |= {"model": str(model), "output": str(output), "seed": self.seed}
         values["trainer"] = {**values.get("trainer", {}), "use_cpu": True, "bf16": bf16, "disable_tqdm": True}
         return build(TrainSettings, values, f"arms.{name}")
@@ -59,35 +99,57 @@ class QuickstartSettings:
     def fingerprint(self, name: str, context: str) -> str:
         """Changes whenever anything that decides the arm's result changes; says whether a finished arm can be kept."""
         start = self.start_of(name)
+        data = [getattr(self.data, key) for key in ("train", "validation", "test", "seed", "questions_per_image")]
         parts = [
             context if start == "base" else self.fingerprint(start, context),
             merge(self.shared, self.arms[name]),
-            [self.seed, self.data.train, self.data.validation, self.data.test, self.data.seed],
+            [self.task, self.seed, self.layers, data, self.interventions, self.decode_every],
         ]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def load_quickstart(path: Path | None = None, overrides: list[str] | None = None) -> QuickstartSettings:
-    """Settings from `path` (default: the shipped file) and `key=value` overrides.
+def load_quickstart(
+    path: Path | None = None, overrides: list[str] | None = None, task: str | None = None
+) -> QuickstartSettings:
+    """Settings from `path` (default: the file shipped for `task`) and `key=value` overrides.
 
     Raises:
         ConfigError: unknown keys, wrong types, or an arm that starts from an unknown or later one.
     """
-    path = config_file("quickstart.yaml") if path is None else path
-    try:
-        values = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"config: cannot read {path}: {error}") from error
-    for override in overrides or []:
+    return quickstart_settings(*quickstart_values(path, overrides or [], task))
+
+
+def quickstart_values(path: Path | None, overrides: list[str], task: str | None) -> tuple[dict[str, Any], str]:
+    """Plain values of a settings file, and its name; see `load_quickstart`."""
+    if task is not None:
+        task_named(task)
+    path = config_file(FILES[task or next(iter(FILES))]) if path is None else path
+    values = read_values(path)
+    for override in overrides:
         apply_override(values, override)
-    settings = convert(QuickstartSettings, values, str(path))
-    seen = {"base"}
+    named = values.get("task", next(iter(FILES)))
+    if task is not None and named != task:
+        raise ConfigError(f"task: {path} is for the task {named!r}, got --task {task}; leave one of them out")
+    return values, str(path)
+
+
+def quickstart_settings(values: dict[str, Any], where: str) -> QuickstartSettings:
+    """Checked settings from plain values; see `load_quickstart`."""
+    values = {**values, "arms": {name: arm for name, arm in (values.get("arms") or {}).items() if arm is not None}}
+    settings: QuickstartSettings = convert(QuickstartSettings, values, where)
+    check_choice("task", settings.task, tuple(TASKS))
+    for name, least in (("layers", 1), ("examples", 0), ("interventions", 0), ("decode_every", 0), ("workers", 0)):
+        if getattr(settings, name) < least:
+            raise ConfigError(f"{name}: expected at least {least}, got {getattr(settings, name)}")
+    if settings.decode_every and not settings.data.validation:
+        raise ConfigError("decode_every: needs validation questions; --set data.validation=64")
+    earlier = {"base"}
     for name in settings.arms:
-        if settings.start_of(name) not in seen:
+        if settings.start_of(name) not in earlier:
             raise ConfigError(f"arms.{name}: start must be 'base' or an earlier arm, got {settings.start_of(name)!r}")
-        seen.add(name)
+        earlier.add(name)
+        check_choice(f"arms.{name}: rows", settings.rows_of(name), ROWS)
         settings.arm(name, Path("model"), Path("output"), bf16=False)
-    missing = [name for name in MAIN_ARMS if name not in settings.arms]
-    if missing:
-        raise ConfigError(f"{path}: the quickstart needs the arms {list(MAIN_ARMS)}, missing {missing}")
+    if not settings.arms:
+        raise ConfigError(f"{where}: expected at least one arm, got none")
     return settings

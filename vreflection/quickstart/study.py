@@ -1,82 +1,366 @@
-"""The quickstart over several training seeds: one table of means and spreads."""
+"""The quickstart over seeds, arms, depths and training lengths: raw rows, one table, and what the figures show.
+
+A study is a list of groups; a group is some arms of the quickstart's settings, with changes, over training seeds. All
+groups share images, questions and visual tokens. Finished arms are kept, so a study can be run group by group.
+"""
 
 from __future__ import annotations
 
+import json
+import math
 import statistics
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any
 
-from .run import Quickstart, write_json
-from .settings import QuickstartSettings
-from .summary import ARM_LABELS, INTERVENTIONS
+from ..data.atomic import atomic_write
+from ..errors import ConfigError
+from ..training.config import apply_override, config_file, merge, read_values
+from ..training.values import convert
+from ..visualization.hop_charts import hops_chart, standalone, steps_chart, steps_to_reach
+from .arms import Arm, do_arm
+from .run import BaseModel, Quickstart, environment, train_base, write_json
+from .settings import QuickstartSettings, quickstart_settings
+from .summary import guess_in_image
+from .tasks import task_named
+from .workers import run_jobs
 
-Progress = Callable[[int, str, int, int], None]
+Progress = Callable[[str, int, int], None]
+STUDY_FILE = "quickstart_study.yaml"
+ROWS_FILE = "rows.jsonl"
+LEVEL = 0.8  # of validation questions, for the steps that a hop costs
 
 
-def run_study(
-    settings: QuickstartSettings, folder: Path, seeds: Iterable[int], on_progress: Progress
-) -> dict[str, Any]:
-    """Run every seed in `folder/seed-<n>` on one shared data set; writes `study.json` and `study.md`.
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in seed and arm only.
 
-    Seeds change initialisation, data order and the free-running draws; images and questions stay the same.
+    Attributes:
+        seeds: of initialisation, data order and free-running draws. arms: of the settings. change: settings that differ
+            from the study's own.
     """
+
+    seeds: list
+    arms: list
+    change: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Study:
+    """Settings of one (group, seed) pair, by `<group>/seed-<n>`, in the order they run."""
+
+    runs: dict[str, QuickstartSettings]
+    groups: dict[str, Group]
+
+
+def load_study(path: Path | None = None, overrides: Sequence[str] = (), only: Iterable[str] | None = None) -> Study:
+    """A study from its file (default: the shipped one) and `key=value` overrides.
+
+    Args:
+        only: names of the groups to keep.
+
+    Raises:
+        ConfigError: unknown keys, groups or arms, or values of the wrong type.
+    """
+    path = config_file(STUDY_FILE) if path is None else path
+    values = read_values(path)
+    for override in overrides:
+        apply_override(values, override)
+    groups = {
+        name: convert(Group, group, f"{path}: groups.{name}")
+        for name, group in (values.pop("groups", None) or {}).items()
+    }
+    if only is not None:
+        wanted = list(only)
+        unknown = [name for name in wanted if name not in groups]
+        if unknown:
+            raise ConfigError(f"groups: expected some of {', '.join(groups)}, got {', '.join(unknown)}")
+        groups = {name: groups[name] for name in wanted}
+    return Study(study_runs(values, groups, str(path)), groups)
+
+
+def seeds_study(settings_values: Mapping[str, Any], seeds: Sequence[int], where: str) -> Study:
+    """Every arm of a settings file over some seeds."""
+    groups = {"seeds": Group(list(seeds), list(settings_values["arms"]))}
+    return Study(study_runs(dict(settings_values), groups, where), groups)
+
+
+def study_runs(values: dict[str, Any], groups: Mapping[str, Group], where: str) -> dict[str, QuickstartSettings]:
     runs = {}
-    for seed in seeds:
-        report = lambda phase, done, total, seed=seed: on_progress(seed, phase, done, total)  # noqa: E731
-        quickstart = Quickstart(
-            replace(settings, seed=seed), folder / f"seed-{seed}", report, data_folder=folder / "data"
-        )
-        runs[seed] = quickstart.run()
-    study = {"rows": study_rows(runs), "seeds": list(runs), "environment": next(iter(runs.values()))["environment"]}
+    for name, group in groups.items():
+        changed = merge(values, group.change)
+        missing = [arm for arm in group.arms if arm not in changed["arms"]]
+        if missing:
+            raise ConfigError(f"{where}: groups.{name}: unknown arms {missing}; known: {list(changed['arms'])}")
+        changed["arms"] = {arm: changed["arms"][arm] for arm in changed["arms"] if arm in group.arms}
+        for seed in group.seeds:
+            runs[f"{name}/seed-{seed}"] = quickstart_settings({**changed, "seed": seed}, f"{where}: groups.{name}")
+    if not runs:
+        raise ConfigError(f"{where}: expected at least one group with a seed, got none")
+    return runs
+
+
+def do_job(job: Arm | BaseModel, on_progress: Progress) -> dict[str, Any] | None:
+    return train_base(job, on_progress) if isinstance(job, BaseModel) else do_arm(job, on_progress)
+
+
+def phases(study: Study, folder: Path) -> list[tuple[str, float]]:
+    """Phases and their expected seconds, for an overall progress bar."""
+    plan: dict[str, float] = {}
+    for run, settings in study.runs.items():
+        for phase, seconds in Quickstart(settings, folder, lambda *_: None).phases():
+            if phase != "report":
+                shared = phase in ("data", "visual tokens", "pre-training")
+                plan[phase if shared else f"{run}: {phase}"] = seconds
+    return list(plan.items())
+
+
+def run_study(study: Study, folder: Path, on_progress: Progress) -> dict[str, Any]:
+    """Run what is not done yet; writes `rows.jsonl`, `study.md` and `study.json`, and returns what is in the last.
+
+    A study of the main task also leaves its figures, and `published.json`, which the quickstart's report shows once it
+    lies in the package's `assets/study.json`.
+
+    Rows of groups that ran earlier in the same folder and are not part of this call stay in.
+    """
+    runs = {
+        name: Quickstart(settings, folder / name, on_progress, shared_folder=folder)
+        for name, settings in study.runs.items()
+    }
+    first = next(iter(runs.values()))
+    first.prepare_data()
+    features = first.prepare_visual_tokens()
+    jobs: dict[str, Arm | BaseModel] = {}
+    after: dict[str, str | None] = {}
+    for name, run in runs.items():
+        base = run.base_model()
+        base_name = None
+        if base is not None:
+            base_name = f"base of {base.settings.layers} layers"
+            jobs[base_name], after[base_name] = base, None
+        for arm in run.settings.arms:
+            start = run.settings.start_of(arm)
+            jobs[f"{name}/{arm}"] = run.job(arm, features, prefix=f"{name}: ")
+            after[f"{name}/{arm}"] = base_name if start == "base" else f"{name}/{start}"
+    workers = first.settings.worker_count
+
+    def keep(_: str, result: Any) -> None:
+        if result is not None:
+            publish(folder)
+
+    run_jobs(do_job, jobs, after, workers, on_progress, keep)
+    return publish(folder)
+
+
+def publish(folder: Path) -> dict[str, Any]:
+    """Write the files of a study from the results that are there."""
+    rows = collect_rows(folder)
+    with atomic_write(folder / ROWS_FILE) as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+    study = {"environment": environment(), "rows": summarize(rows)}
     write_json(folder / "study.json", study)
-    (folder / "study.md").write_text(study_table(study))
+    (folder / "study.md").write_text(table(study["rows"]), encoding="utf-8")
+    if any((row["group"], row["arm"]) == MAIN_LINES[0][1:3] for row in rows):
+        for_report = published(rows, date.today().isoformat(), "vreflection quickstart --study")
+        write_json(folder / "published.json", for_report)
+        write_figures(for_report, folder / "figures")
     return study
 
 
-def study_rows(runs: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
-    """Label and one value per seed of everything the table shows."""
-    first = next(iter(runs.values()))["results"]
+def collect_rows(folder: Path) -> list[dict[str, Any]]:
+    """One raw row per finished arm: `<group>/seed-<n>/results/<arm>.json` without its loss curve."""
     rows = []
-
-    def add(label: str, read: Callable[[dict[str, Any]], float | None]) -> None:
-        values = [read(run["results"]) for run in runs.values()]
-        if all(value is not None for value in values):
-            rows.append({"label": label, "values": values})
-
-    for name in first:
-        label = ARM_LABELS.get(name, name)
-        add(f"{label}: accuracy", lambda r, n=name: r[n]["accuracy"]["value"])
-        for key, (what, _) in INTERVENTIONS.items():
-            if key in first[name]:
-                add(f"{label}, {what}: accuracy", lambda r, n=name, k=key: r[n][k]["value"])
-        if "swapped_follows_partner" in first[name]:
-            add(
-                f"{label}, swapped: answers the other question",
-                lambda r, n=name: r[n]["swapped_follows_partner"]["value"],
-            )
-            add(f"{label}: <|lvr_end|> after the span", lambda r, n=name: r[n]["lvr_end_rate"])
-            add(f"{label}: cosine of fed-back states to the teacher", lambda r, n=name: r[n]["cosine_to_teacher"])
-            add(f"{label}: std of teacher latents over images", lambda r, n=name: r[n]["gauges"]["std_over_samples"])
-    for key, when in (("grounding_before", "before"), ("grounding", "after")):
-        for how, label in (("teacher_forced", "teacher-forced"), ("free_running", "free-running")):
-            add(
-                f"Student attention in the box {when} stage 2, {label}",
-                lambda r, k=key, h=how: r["stage2"][k].get(h, {}).get("mass"),
-            )
-    for name in first:
-        add(f"{ARM_LABELS.get(name, name)}: seconds per step", lambda r, n=name: r[n]["seconds_per_step"])
-    return rows
+    for file in sorted(folder.glob("*/seed-*/results/*.json")):
+        result = json.loads(file.read_text())
+        result.pop("curve", None)
+        group, seed = file.parts[-4], int(file.parts[-3].removeprefix("seed-"))
+        rows.append({"group": group, "seed": seed, "arm": file.stem, **result})
+    return sorted(rows, key=lambda row: (row["group"], row["arm"], row["seed"]))
 
 
-def study_table(study: dict[str, Any]) -> str:
-    """The study as a Markdown table: mean, standard deviation over seeds, and every value."""
-    seeds = study["seeds"]
-    head = ["measured", "mean", "s.d.", *(f"seed {seed}" for seed in seeds)]
+# What rows become
+
+
+def mean_interval(values: Sequence[float]) -> dict[str, float | None]:
+    """Mean of a share over seeds, standard deviation, and 95 % interval (Student's t) within [0, 1].
+
+    One seed has no deviation and no interval.
+    """
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return {"value": mean, "sd": None, "low": mean, "high": mean, "n": len(values)}
+    from scipy.stats import t
+
+    sd = statistics.stdev(values)
+    half = float(t.ppf(0.975, len(values) - 1)) * sd / math.sqrt(len(values))
+    return {"value": mean, "sd": sd, "low": max(0.0, mean - half), "high": min(1.0, mean + half), "n": len(values)}
+
+
+def over_seeds(rows: Sequence[Mapping[str, Any]], key: str = "accuracy_by_hops") -> list[dict[str, Any]]:
+    """`mean_interval` per number of hops. A single seed gets its interval over questions instead."""
+    if len(rows) == 1:
+        return [{**point, "sd": None, "seeds": 1} for point in rows[0][key]]
+    points = []
+    for place, point in enumerate(rows[0][key]):
+        spread = mean_interval([row[key][place]["value"] for row in rows])
+        points.append({"hops": point["hops"], **spread, "seeds": len(rows)})
+    return points
+
+
+KEYS = ("accuracy", "swapped", "swapped_follows_partner", "removed", "teacher_forced")
+
+
+def summarize(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Per group and arm: every measured share by hops, over its seeds."""
+    summary = []
+    for group, arm in dict.fromkeys((row["group"], row["arm"]) for row in rows):
+        mine = [row for row in rows if (row["group"], row["arm"]) == (group, arm)]
+        entry: dict[str, Any] = {"group": group, "arm": arm, "steps": mine[0]["total_steps"], "seeds": len(mine)}
+        for key in KEYS:
+            if all(f"{key}_by_hops" in row for row in mine):
+                entry[key] = over_seeds(mine, f"{key}_by_hops")
+        looks = [row["looks"]["free_running"] for row in mine if "mass" in row.get("looks", {}).get("free_running", {})]
+        if looks:
+            entry["looks"] = [
+                {"hop": hop, **mean_interval([look["by_hop"][hop]["mass"] for look in looks])}
+                for hop in range(min(len(look["by_hop"]) for look in looks))
+            ]
+        spreads = [row["gauges"]["std_over_samples"] for row in mine if "gauges" in row]
+        if spreads:
+            entry["teacher_spread"] = statistics.fmean(spreads)
+        summary.append(entry)
+    return summary
+
+
+def table(summary: Sequence[Mapping[str, Any]]) -> str:
+    """Means over seeds, standard deviations and intervals as a Markdown table."""
+    hops = sorted({point["hops"] for entry in summary for point in entry["accuracy"]})
+    head = ["group", "arm", "steps", "seeds", "measured", *(f"{count} hops" for count in hops)]
     lines = [head, ["---"] * len(head)]
-    for row in study["rows"]:
-        values = row["values"]
-        spread = statistics.stdev(values) if len(values) > 1 else float("nan")
-        lines.append([row["label"], *(f"{value:.3f}" for value in (statistics.fmean(values), spread, *values))])
+    for entry in summary:
+        for key in (*KEYS, "looks"):
+            if key not in entry:
+                continue
+            name = {"looks": "student's attention on the note of each look"}.get(key, key.replace("_", " "))
+            cells = [cell(point) for point in entry[key]]
+            cells += [""] * (len(hops) - len(cells))
+            lines.append([entry["group"], entry["arm"], str(entry["steps"]), str(entry["seeds"]), name, *cells])
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
+
+
+def cell(point: Mapping[str, Any]) -> str:
+    interval = f"({point['low']:.2f}–{point['high']:.2f})"
+    sd = "" if point["sd"] is None else f" ± {point['sd']:.3f}"
+    return f"{point['value']:.3f}{sd} {interval}"
+
+
+# What the figures show
+
+# (label, group, arm, style) of the lines of the main figure; those that a study does not have are left out.
+MAIN_LINES = (
+    ("Latents", "main", "stage2", "s0"),
+    ("Same supervision, no feedback", "fairest", "filler_aligned_x3", "s1"),
+    ("Text chain", "chain", "chain", "s2"),
+    ("Filler tokens", "plain", "filler_x3", "s3"),
+    ("Boundary tokens", "plain", "boundary_x3", "s4"),
+    ("Answer only", "plain", "sft_x3", "s5"),
+    ("Answer only, hops one by one", "curricula", "sft_curriculum_x3", "s6"),
+    ("Filler, hops one by one", "curricula", "filler_curriculum_x3", "s7"),
+)
+DEPTHS = {2: ("layers_2", "layers_2"), 4: ("main", "fairest"), 8: ("layers_8", "layers_8")}
+STEP_LINES = (
+    ("With feedback", "main", "stage1", "s0"),
+    ("Without feedback", "long", "filler_aligned_long", "s1"),
+)
+
+
+def published(rows: Sequence[Mapping[str, Any]], created: str, command: str) -> dict[str, Any]:
+    """What the report and the docs show of a study of "follow the notes": lines, depths, steps per hop, sentences."""
+    by_arm: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        by_arm.setdefault((row["group"], row["arm"]), []).append(row)
+
+    def line(label: str, group: str, arm: str, style: str) -> dict[str, Any] | None:
+        mine = by_arm.get((group, arm))
+        if not mine:
+            return None
+        steps = mine[0]["total_steps"]
+        points = [{k: v for k, v in point.items() if k != "sd"} for point in over_seeds(mine, "accuracy_by_hops")]
+        return {"label": f"{label} ({steps:,})", "style": style, "by_hops": points, "steps": steps, "seeds": len(mine)}
+
+    lines = [one for one in (line(*entry) for entry in MAIN_LINES) if one]
+    depth = []
+    for layers, (with_feedback, without) in DEPTHS.items():
+        series = [
+            line("With feedback", with_feedback, "stage1", "s0"),
+            line("Without feedback", without, "filler_aligned_x3", "s1"),
+        ]
+        if all(series):
+            depth.append({"title": f"{layers} layers", "layers": layers, "series": series})
+    step_lines = [
+        {"label": label, "style": style, "steps": steps_per_hop(by_arm[group, arm])}
+        for label, group, arm, style in STEP_LINES
+        if (group, arm) in by_arm
+    ]
+    study = {
+        "created": created,
+        "command": command,
+        "seeds": max((one["seeds"] for one in lines), default=0),
+        "guess_in_image": guess_in_image(task_named("follow_the_notes")),
+        "arms": lines,
+        "depth": depth,
+        "steps": {"level": LEVEL, "series": step_lines},
+    }
+    return {**study, "sentences": sentences(study)}
+
+
+def steps_per_hop(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Median over seeds of the step from which on `LEVEL` of the validation questions are answered, per hop.
+
+    None where more than half of the seeds do not get there.
+    """
+    hops = [point["hops"] for point in rows[0]["decoded_during_training"][0]["by_hops"]]
+    table = []
+    for count in hops:
+        reached = [steps_to_reach(row["decoded_during_training"], count, LEVEL) for row in rows]
+        order = sorted(math.inf if step is None else step for step in reached)
+        middle = order[len(order) // 2]
+        step = None if math.isinf(middle) else int(middle)
+        table.append({"hops": count, "reached": step, "trained": rows[0]["total_steps"], "seeds": len(rows)})
+    return table
+
+
+def sentences(study: Mapping[str, Any]) -> list[str]:
+    """What the study's numbers say, in words made from them alone."""
+    words = []
+    for one in study["arms"]:
+        shares = ", ".join(f"{100 * point['value']:.0f}" for point in one["by_hops"])
+        seeds = f"mean of {one['seeds']} seeds" if one["seeds"] > 1 else "one seed"
+        words.append(f"{one['label']} steps: {shares} % at 0 to {one['by_hops'][-1]['hops']} hops ({seeds}).")
+    for one in study["steps"]["series"]:
+        parts = [f"{row['reached']:,}" if row["reached"] else f"not within {row['trained']:,}" for row in one["steps"]]
+        words.append(
+            f"{one['label']}: training steps until {100 * study['steps']['level']:.0f} % of the questions are "
+            f"answered, for 0 to {one['steps'][-1]['hops']} hops: {', '.join(parts)}."
+        )
+    return words
+
+
+def write_figures(study: Mapping[str, Any], folder: Path) -> list[Path]:
+    """The study's figures as SVG files that follow a reader's light or dark theme."""
+    guess = study["guess_in_image"]
+    drawings = {"accuracy-over-hops": hops_chart(study["arms"], guess, "hops", "Accuracy over hops")}
+    if study["steps"]["series"]:
+        title = "Training steps that a hop costs"
+        drawings["steps-per-hop"] = steps_chart(study["steps"]["series"], study["steps"]["level"], "steps", title)
+    for panel in study["depth"]:
+        drawings[f"depth-{panel['layers']}"] = hops_chart(
+            panel["series"], guess, f"depth-{panel['layers']}", panel["title"], (560, 300)
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, drawing in drawings.items():
+        with atomic_write(folder / f"{name}.svg") as file:
+            file.write(standalone(drawing).encode())
+    return [folder / f"{name}.svg" for name in drawings]

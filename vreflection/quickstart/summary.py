@@ -3,119 +3,154 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from ..data.boxes import box_mask
 from ..data.visual_cot import Sample
-from .notes import NOTES_PER_IMAGE, QUESTION
+from .settings import REPORTED_ARM, QuickstartSettings
+from .tasks import Task
 
 CHANCE = 0.1
-# Naming the digit of a random note of the image: right note, or another note that carries the same digit.
-GUESS_IN_IMAGE = 1 / NOTES_PER_IMAGE + (1 - 1 / NOTES_PER_IMAGE) * CHANCE
-
-ARM_LABELS = {
-    "sft": "No latents (plain fine-tuning)",
-    "boundary": "Boundary tokens only",
-    "filler": "Filler tokens",
-    "stage1": "Latents after stage 1",
-    "stage2": "Latents after stage 2",
-    "sft_long": "No latents, trained longer",
+TITLES = {
+    "follow_the_notes": "V-Reflection quickstart: follow the notes",
+    "one_hop": "V-Reflection quickstart: one hop",
 }
-ARM_NOTES = {
-    "boundary": "the span's two marks, nothing between them",
-    "filler": "as many extra positions as latents, no feedback and no box",
-    "stage2": "stage-1 steps included",
+
+# (label, note) of the arms of the shipped settings; an arm of another name is shown under that name.
+ARMS: dict[str, tuple[str, str | None]] = {
+    "stage1": ("Latents, stage 1", "one span per note; the model's own states are fed back"),
+    "stage2": ("Latents, stage 2", "stage-1 steps included"),
+    "filler_aligned": ("Same supervision, no feedback", "filler tokens in the slots, trained on the same boxes"),
+    "filler": ("Filler tokens", "as many extra positions, no feedback and no box"),
+    "boundary": ("Boundary tokens", "the spans' two marks, nothing between them"),
+    "sft": ("Answer only", "plain fine-tuning"),
+    "sft_long": ("Answer only, trained longer", None),
+    "sft_curriculum": ("Answer only, hops one by one", "shorter questions first"),
+    "filler_curriculum": ("Filler tokens, hops one by one", "shorter questions first"),
+    "chain": ("Text chain", "spells out every note in words before the answer"),
 }
 INTERVENTIONS = {
-    "teacher_forced": ("teacher-forced", "an oracle: told the box, and the right text so far"),
-    "swapped": ("swapped", "another question's latents in the slots"),
-    "removed": ("removed", "no latent step after the opening mark"),
+    "teacher_forced": ("Teacher's latents", "an oracle: told the boxes, and the right text so far"),
+    "swapped": ("Another image's latents", "taken from a question with as many hops and another answer"),
+    "swapped_follows_partner": ("… answered for that other image", "how often the answer is the other image's"),
+    "removed": ("No latent steps", "spans are opened and closed, nothing between"),
 }
+
+
+def label_of(name: str) -> str:
+    return ARMS.get(name, (name, None))[0]
+
+
+def guess_in_image(task: Task) -> float:
+    """Naming the digit of a random note of the image: the right note, or another that carries the same digit."""
+    return 1 / task.notes + (1 - 1 / task.notes) * CHANCE
+
+
+def group_of(result: Mapping[str, Any]) -> str:
+    """`latent`, `text` (a chain in words) or `control`."""
+    if result["stage"] in ("stage1", "stage2"):
+        return "latent"
+    return "text" if result["rows"] == "chain" else "control"
 
 
 def build_metrics(
+    settings: QuickstartSettings,
     results: Mapping[str, dict],
     shown: list[dict],
-    splits: Mapping[str, Sequence[Sample]],
+    test: Sequence[Sample],
     timings: Mapping[str, float],
-    settings: dict[str, Any],
     environment: dict[str, Any],
     credits: list[dict[str, str]],
 ) -> dict[str, Any]:
     """Everything `metrics.json` holds except the date."""
-    test = splits["test"]
-    step_cost = results["sft"]["seconds_per_step"] if "sft" in results else None
-    metrics = {
-        "schema": 1,
-        "title": "V-Reflection quickstart",
+    task, data = settings.the_task, settings.data
+    boxes = [box for sample in test for box in sample.boxes]
+    metrics: dict[str, Any] = {
+        "schema": 2,
+        "title": TITLES[task.name],
         "environment": environment,
-        "settings": settings,
+        "settings": asdict(settings),
         "task": {
-            "question": QUESTION.format(colour="…"),
+            "name": task.name,
+            "question": task.question.format(colour="…", hops="…"),
+            "hops": list(task.hops),
             "chance": CHANCE,
-            "guess_in_image": GUESS_IN_IMAGE,
-            "uniform_mass": sum(float(box_mask(s.boxes[0], 8, 8).mean()) for s in test) / len(test),
+            "guess_in_image": guess_in_image(task),
+            "uniform_mass": sum(float(box_mask(box, 8, 8).mean()) for box in boxes) / len(boxes),
             "visual_tokens": 64,
-            "train_images": len(splits["train"]),
+            "train_images": data.train,
+            "train_questions": data.train * min(data.questions_per_image, len(task.hops)),
             "test_questions": len(test),
         },
-        "rows": accuracy_rows(results, step_cost),
-        "grounding": grounding_rows(results),
-        "gauges": [gauge_row(name, results[name]) for name in ("stage1", "stage2")],
+        "arms": [arm_row(name, result, results) for name, result in results.items()],
+        "interventions": intervention_rows(results.get(REPORTED_ARM)),
+        "looks": look_rows(results),
+        "gauges": [gauge_row(name, r) for name, r in results.items() if "gauges" in r],
         "curves": {name: result["curve"] for name, result in results.items()},
         "timings": [{"phase": phase, "seconds": seconds} for phase, seconds in timings.items()],
         "examples": shown,
         "attributions": credits,
         "results": {name: {k: v for k, v in r.items() if k != "curve"} for name, r in results.items()},
     }
-    metrics["findings"] = findings(results, metrics["task"]["uniform_mass"])
+    metrics["findings"] = findings(task, results, metrics["task"]["uniform_mass"])
     return metrics
 
 
-def accuracy_rows(results: Mapping[str, dict], step_cost: float | None) -> list[dict[str, Any]]:
+def arm_row(name: str, result: Mapping[str, Any], results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    label, note = ARMS.get(name, (name, None))
+    cheapest = min(other["seconds_per_step"] for other in results.values())
+    return {
+        "key": name,
+        "label": label,
+        "note": note,
+        "group": group_of(result),
+        "steps": result["total_steps"],
+        "seconds_per_step": result["seconds_per_step"],
+        "relative_step_cost": result["seconds_per_step"] / cheapest,
+        "accuracy": result["accuracy"],
+        "by_hops": result["accuracy_by_hops"],
+    }
+
+
+def intervention_rows(result: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """What becomes of the reported arm's answers when its latents are changed."""
+    if result is None or "swapped" not in result:
+        return []
+    rows = [{"key": "own", "label": "Own latents", "note": "decoding freely", "by_hops": result["accuracy_by_hops"]}]
+    rows[0]["accuracy"] = result["accuracy"]
+    return rows + [
+        {"key": key, "label": label, "note": note, "accuracy": result[key], "by_hops": result[f"{key}_by_hops"]}
+        for key, (label, note) in INTERVENTIONS.items()
+    ]
+
+
+def look_rows(results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     for name, result in results.items():
-        shared = {
-            "steps": result["total_steps"],
-            "seconds_per_step": result["seconds_per_step"],
-            "relative_step_cost": result["seconds_per_step"] / step_cost if step_cost else None,
-        }
-        group = "latent" if name.startswith("stage") else "control"
-        label = ARM_LABELS.get(name, name)
-        rows.append(
-            {"key": name, "label": label, "group": group, **shared, "accuracy": result["accuracy"],
-             "note": ARM_NOTES.get(name)}
-        )  # fmt: skip
-        for key, (what, note) in INTERVENTIONS.items():
-            if key in result:
-                row = {"key": f"{name}_{key}", "label": f"{label}, {what}", "group": "intervention", **shared}
-                rows.append({**row, "accuracy": result[key], "note": note})
+        for how, words in (("free_running", "decoding freely"), ("teacher_forced", "with the teacher's latents")):
+            looks = result.get("looks", {}).get(how, {})
+            if "mass" in looks:
+                rows.append({"key": f"{name}_{how}", "label": f"{label_of(name)}, {words}", **looks})
     return rows
 
 
-def grounding_rows(results: Mapping[str, dict]) -> list[dict[str, Any]]:
-    stage2, rows = results["stage2"], []
-    for when, key in (("before stage 2", "grounding_before"), ("after stage 2", "grounding")):
-        for how, label in (("teacher_forced", "teacher-forced"), ("free_running", "free-running")):
-            found = stage2.get(key, {}).get(how)
-            if found:
-                rows.append({"key": f"{key}_{how}", "label": f"Student {when}, {label}", **found})
-    return rows
-
-
-def gauge_row(name: str, result: dict) -> dict[str, Any]:
+def gauge_row(name: str, result: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        "label": ARM_LABELS[name],
+        "label": label_of(name),
         "std_over_samples": result["gauges"].get("std_over_samples"),
         "query_diversity": result["gauges"].get("query_diversity"),
         "lvr_end_rate": result["lvr_end_rate"],
-        "trigger_rate": result["trigger_rate"],
+        "trigger_rate": result["one_span_per_note"],
         "cosine_to_teacher": result["cosine_to_teacher"],
     }
 
 
+# Sentences
+
+
 def percent(proportion: Mapping[str, float]) -> str:
-    return f"{100 * proportion['value']:.1f} % ({100 * proportion['low']:.1f}–{100 * proportion['high']:.1f})"
+    return f"{100 * proportion['value']:.0f} % ({100 * proportion['low']:.0f}–{100 * proportion['high']:.0f})"
 
 
 def compare(first: Mapping[str, float], second: Mapping[str, float]) -> str:
@@ -127,41 +162,70 @@ def compare(first: Mapping[str, float], second: Mapping[str, float]) -> str:
     return "not clearly different from (intervals overlap)"
 
 
-def findings(results: Mapping[str, dict], uniform: float) -> list[str]:
+def findings(task: Task, results: Mapping[str, Mapping[str, Any]], uniform: float) -> list[str]:
     """What the numbers of this run say, favourable or not. One run of one seed: see the docs for several."""
-    stage1, stage2 = results["stage1"], results["stage2"]
-    sentences = [
-        f"Decoding freely on held-out images, the latent model answers {percent(stage2['accuracy'])} right after "
-        f"stage 2 and {percent(stage1['accuracy'])} after stage 1."
-    ]
-    for name in ("sft", "boundary", "filler"):
-        if name in results:
-            control, verdict = results[name], compare(stage1["accuracy"], results[name]["accuracy"])
+    latent = results.get(REPORTED_ARM) or results.get("stage1")
+    sentences = []
+    if latent is not None:
+        sentences.append(accuracy_sentence(latent))
+        sentences += control_sentences(task, latent, results)
+        if "swapped" in latent:
             sentences.append(
-                f"{ARM_LABELS[name]}: {percent(control['accuracy'])} after {control['total_steps']} steps. Latents "
-                f"after stage 1 ({stage1['total_steps']} steps) are {verdict} that."
+                f"With another image's latents {percent(latent['swapped'])} of the answers are right, and "
+                f"{percent(latent['swapped_follows_partner'])} are the other image's: the latents {causal(latent)}."
+            )
+        looks = latent.get("looks", {}).get("free_running")
+        if looks and "mass" in looks:
+            sentences.append(
+                f"While decoding freely the student puts {100 * looks['mass']:.0f} % of its attention on the note of "
+                f"the hop; even attention would put {100 * uniform:.0f} % there."
             )
     sentences.append(
-        f"With another question's latents accuracy is {percent(stage2['swapped'])}, and "
-        f"{percent(stage2['swapped_follows_partner'])} of the answers are the other question's: the latents "
-        f"{causal(stage2)}."
-    )
-    free = stage2.get("grounding", {}).get("free_running")
-    if free:
-        before = stage2["grounding_before"].get("free_running", {}).get("mass")
-        earlier = "" if before is None else f", {100 * before:.0f} % before stage 2"
-        sentences.append(
-            f"While decoding freely the student puts {100 * free['mass']:.0f} % of its attention in the asked box"
-            f"{earlier}; even attention would put {100 * uniform:.0f} % there."
-        )
-    sentences.append(
-        "This is one run on one small synthetic task: it shows that the pipeline works, not that latents help in "
-        "general."
+        "This is one run on one small synthetic task: it shows what latents do here, not that they help in general."
     )
     return sentences
 
 
-def causal(stage2: Mapping[str, Any]) -> str:
-    if stage2["swapped"]["high"] < stage2["accuracy"]["low"]:
+def accuracy_sentence(latent: Mapping[str, Any]) -> str:
+    rows = latent["accuracy_by_hops"]
+    if len(rows) == 1:
+        return f"Decoding freely on held-out images, the latent model answers {percent(latent['accuracy'])} right."
+    worst = min(rows, key=lambda row: row["value"])
+    return (
+        f"Decoding freely on held-out images, the latent model answers {percent(latent['accuracy'])} right, and at no "
+        f"number of hops fewer than {percent(worst)}."
+    )
+
+
+def control_sentences(task: Task, latent: Mapping[str, Any], results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """How each other arm compares: on questions with hops where the task has them, else on all."""
+    sentences = []
+    for name, control in results.items():
+        if group_of(control) == "latent":
+            continue
+        if len(task.hops) == 1:
+            sentences.append(
+                f"{label_of(name)}: {percent(control['accuracy'])} after {control['total_steps']} steps. Latents "
+                f"({latent['total_steps']} steps) are {compare(latent['accuracy'], control['accuracy'])} that."
+            )
+            continue
+        pairs = list(zip(latent["accuracy_by_hops"], control["accuracy_by_hops"], strict=True))
+        better = [own["hops"] for own, other in pairs if compare(own, other) == "higher than"]
+        worse = [own["hops"] for own, other in pairs if compare(own, other) == "lower than"]
+        shares = ", ".join(f"{100 * row['value']:.0f}" for row in control["accuracy_by_hops"])
+        verdict = f"latents are higher at {hop_list(better)}" if better else "latents are nowhere clearly higher"
+        verdict += f", lower at {hop_list(worse)}" if worse else ""
+        sentences.append(
+            f"{label_of(name)} ({control['total_steps']} steps): {shares} % at 0 to {task.hops[-1]} hops; {verdict}."
+        )
+    return sentences
+
+
+def hop_list(hops: Sequence[int]) -> str:
+    return ("hop " if hops == [1] else "hops ") + ", ".join(map(str, hops))
+
+
+def causal(latent: Mapping[str, Any]) -> str:
+    if latent["swapped"]["high"] < latent["accuracy"]["low"]:
         return "decide the answer, they are not ignored"
     return "make no clear difference to the answer in this run"

@@ -14,11 +14,13 @@ from vreflection.data.template import (
     VISION_END,
     VISION_START,
 )
-from vreflection.quickstart.notes import CAPTION_PROMPT, COLOURS, QUESTION
+from vreflection.quickstart.notes import COLOURS
+from vreflection.quickstart.tasks import TASKS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+CAPTION_PROMPT = "list the notes :"
 END_OF_TEXT = "<|endoftext|>"
 CHAT_TOKENS = (END_OF_TEXT, TURN_START, TURN_END, VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD)
 MAX_LENGTH = 2048  # tokens
@@ -46,7 +48,12 @@ CHAT_TEMPLATE = (
 
 def template_corpus() -> list[str]:
     """Every sentence the quickstart can write, without markers: what the merges are learned from."""
-    questions = [QUESTION.format(colour=colour) for colour in COLOURS]
+    questions = [
+        task.question.format(colour=colour, hops=hops)
+        for task in TASKS.values()
+        for colour in COLOURS
+        for hops in task.hops
+    ]
     answers = [f"\n<answer> {digit} </answer>" for digit in range(10)]
     captions = [f" {colour} {digit}" for colour in COLOURS for digit in range(10)]
     turns = ["system\n", "user\n", "assistant\n", SYSTEM_PROMPT, CAPTION_PROMPT]

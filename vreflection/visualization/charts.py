@@ -14,10 +14,11 @@ from vreflection.visualization.svg import described, number, percent, tag, text
 
 GROUPS = {
     "latent": "With latent steps",
-    "intervention": "Interventions on the latents",
-    "control": "Controls without latents",
+    "intervention": "Latents changed",
+    "text": "Steps in words",
+    "control": "Without feedback",
 }
-CURVE_STYLES = 8  # colours and dash patterns in the style sheet: .s0 … .s7
+CURVE_STYLES = 10  # colours and dash patterns in the style sheet: .s0 … .s9
 MAX_POINTS = 200  # more would be finer than the panel's pixels
 LOG_RANGE = 20  # largest / smallest value from which a linear axis would flatten the end of a curve
 
@@ -129,7 +130,7 @@ def training_curve(
 
     Axes: linear steps from 0; values on a logarithmic axis when they are positive and span more than a factor of 20,
     else linear with 0 included. Values that are not finite are left out. More than 200 points are averaged in equal
-    bins. An arm keeps its colour and dash pattern (class `s0` … `s7`, by its place in `curves`) in every panel.
+    bins. An arm keeps its colour and dash pattern (class `s0` … `s9`, by its place in `curves`) in every panel.
 
     Args:
         ident: page-unique prefix of the title's and the description's id.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-SCHEMA = 1
+SCHEMA = 2
 
 # Where a value may be null the key may also be absent; those are not listed. A list's entries are checked one by one.
 REQUIRED: dict[str, tuple[str, ...]] = {
@@ -16,8 +16,9 @@ REQUIRED: dict[str, tuple[str, ...]] = {
         "environment",
         "settings",
         "task",
-        "rows",
-        "grounding",
+        "arms",
+        "interventions",
+        "looks",
         "gauges",
         "curves",
         "timings",
@@ -26,29 +27,36 @@ REQUIRED: dict[str, tuple[str, ...]] = {
         "attributions",
     ),
     "task": (
+        "name",
         "question",
+        "hops",
         "chance",
         "guess_in_image",
         "uniform_mass",
         "visual_tokens",
         "train_images",
+        "train_questions",
         "test_questions",
     ),
-    "rows": ("key", "label", "group", "steps", "accuracy"),
-    "rows.accuracy": ("correct", "n", "value", "low", "high"),
-    "grounding": ("key", "label", "mass", "iou", "n"),
+    "arms": ("key", "label", "group", "steps", "seconds_per_step", "relative_step_cost", "accuracy", "by_hops"),
+    "arms.accuracy": ("correct", "n", "value", "low", "high"),
+    "arms.by_hops": ("hops", "n", "value", "low", "high"),
+    "interventions": ("key", "label", "accuracy", "by_hops"),
+    "interventions.accuracy": ("correct", "n", "value", "low", "high"),
+    "looks": ("key", "label", "mass", "iou", "n", "by_hop"),
+    "looks.by_hop": ("mass", "uniform", "n"),
     "gauges": ("label",),
     "timings": ("phase", "seconds"),
     "examples": (
         "id",
+        "hops",
         "question",
         "expected",
         "predicted",
         "correct",
-        "box",
+        "boxes",
         "image",
-        "step_maps",
-        "teacher_map",
+        "spans",
         "mass_in_box",
     ),
     "attributions": ("name", "author", "licence", "source"),
@@ -59,9 +67,9 @@ def check_metrics(metrics: Mapping[str, Any], images: Mapping[str, object], grou
     """Raise one ValueError that names every missing key, unknown image or group, and map of the wrong length.
 
     Args:
-        metrics: the report's content (schema 1).
+        metrics: the report's content (schema 2).
         images: photographs by the name that an example's `image` gives.
-        groups: the groups a row may belong to.
+        groups: the groups an arm may belong to.
     """
     missing = [path for where, keys in REQUIRED.items() for path in _missing(metrics, where, keys)]
     if missing:
@@ -69,8 +77,8 @@ def check_metrics(metrics: Mapping[str, Any], images: Mapping[str, object], grou
     if metrics["schema"] != SCHEMA:
         raise ValueError(f"metrics have schema {metrics['schema']!r}; this version writes schema {SCHEMA}")
     wrong = [
-        f"rows[{i}].group is {row['group']!r}, expected one of {', '.join(groups)}"
-        for i, row in enumerate(metrics["rows"])
+        f"arms[{i}].group is {row['group']!r}, expected one of {', '.join(groups)}"
+        for i, row in enumerate(metrics["arms"])
         if row["group"] not in groups
     ]
     for arm, points in metrics["curves"].items():
@@ -78,9 +86,9 @@ def check_metrics(metrics: Mapping[str, Any], images: Mapping[str, object], grou
     for i, example in enumerate(metrics["examples"]):
         if example["image"] not in images:
             wrong.append(f"examples[{i}].image {example['image']!r} is not among the images")
-        maps, masses = len(example["step_maps"]), len(example["mass_in_box"])
-        if maps != masses:
-            wrong.append(f"examples[{i}] has {maps} step_maps but {masses} values in mass_in_box")
+        spans, masses, boxes = (len(example[key]) for key in ("spans", "mass_in_box", "boxes"))
+        if min(spans, boxes) != masses:
+            wrong.append(f"examples[{i}] has {spans} spans and {boxes} boxes but {masses} values in mass_in_box")
     if wrong:
         raise ValueError("; ".join(wrong))
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vreflection.visualization import charts
+from vreflection.visualization.hop_charts import hops_chart, steps_chart
 from vreflection.visualization.metrics import check_metrics
 from vreflection.visualization.overlays import attention_overlay, checked_heat, colour_bar, data_uri, outline_box
 from vreflection.visualization.svg import number, percent, share
@@ -19,7 +20,6 @@ from vreflection.visualization.svg import number, percent, share
 if TYPE_CHECKING:
     from PIL import Image
 
-SHOWN_AT_ONCE = 6  # further examples wait behind a disclosure
 PHOTO_SIDE = 224  # pixels of the longer side
 TILE_SIDE = 192
 PHOTO_QUALITY = 85
@@ -40,28 +40,56 @@ def render_report(metrics: dict[str, Any], images: Mapping[str, Image.Image]) ->
     """The report as one HTML document without any external resource.
 
     Args:
-        metrics: schema 1, as written to metrics.json. Texts are escaped; findings are shown word for word.
+        metrics: schema 2, as written to metrics.json. Texts are escaped; findings are shown word for word.
         images: photographs by the name that an example's `image` gives.
 
     Raises:
         ValueError: required keys are missing (all are named), or maps and images do not fit together.
     """
     check_metrics(metrics, images, charts.GROUPS)
-    task = metrics["task"]
+    styles = {arm["key"]: f"s{i % charts.CURVE_STYLES}" for i, arm in enumerate(metrics["arms"])}
     page = {
         "metrics": metrics,
-        "groups": _groups(metrics["rows"]),
-        "bars": charts.accuracy_bars(metrics["rows"], task["chance"], task["guess_in_image"])
-        if metrics["rows"]
-        else "",
+        "several_hops": len(metrics["task"]["hops"]) > 1,
+        "groups": _groups(metrics["arms"]),
+        "figure": _figure(metrics, styles),
+        "study": _study(metrics.get("study")),
         "examples": [_example(i, example, images) for i, example in enumerate(metrics["examples"])],
-        "shown_at_once": SHOWN_AT_ONCE,
         "panels": _panels(metrics),
-        "arms": [(f"s{i % charts.CURVE_STYLES}", _arm_names(metrics)[arm]) for i, arm in enumerate(metrics["curves"])],
+        "curve_arms": [(f"s{i % charts.CURVE_STYLES}", name) for i, name in enumerate(_arm_names(metrics).values())],
         "attribution_keys": _union_of_keys(metrics["attributions"]),
-        "total_seconds": sum(timing["seconds"] for timing in metrics["timings"]),
+        "total_seconds": sum(timing["seconds"] for timing in metrics["timings"] if timing["phase"] != "total"),
+        "wall_seconds": next((t["seconds"] for t in metrics["timings"] if t["phase"] == "total"), None),
     }
     return page_environment().get_template("report.html.j2").render(page)
+
+
+def _figure(metrics: Mapping[str, Any], styles: Mapping[str, str]) -> str:
+    """What the report opens with: accuracy over hops, or bars where there is one number of hops."""
+    task, arms = metrics["task"], metrics["arms"]
+    if not arms:
+        return ""
+    if len(task["hops"]) > 1:
+        series = [{"label": arm["label"], "style": styles[arm["key"]], "by_hops": arm["by_hops"]} for arm in arms]
+        return hops_chart(series, task["guess_in_image"], "hops", "Accuracy over hops")
+    changed = [{**row, "group": "intervention"} for row in metrics["interventions"] if row["key"] != "own"]
+    return charts.accuracy_bars([*arms, *changed], task["chance"], task["guess_in_image"])
+
+
+def _study(study: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Drawings of the study that ships with the package."""
+    if study is None:
+        return None
+    main = hops_chart(study["arms"], study["guess_in_image"], "study", "Accuracy over hops, several seeds")
+    depth = [
+        (
+            panel["title"],
+            hops_chart(panel["series"], study["guess_in_image"], f"depth-{i}", panel["title"], (380, 300), False),
+        )
+        for i, panel in enumerate(study["depth"])
+    ]
+    steps = steps_chart(study["steps"]["series"], study["steps"]["level"], "steps", "Steps that a hop costs")
+    return {"data": study, "main": main, "depth": depth, "steps": steps}
 
 
 def write_report(metrics: dict[str, Any], images: Mapping[str, Image.Image], path: str | os.PathLike[str]) -> Path:
@@ -113,29 +141,28 @@ def _groups(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, list[Mapp
 
 
 def _example(index: int, example: Mapping[str, Any], images: Mapping[str, Image.Image]) -> dict[str, Any]:
-    """One gallery card: every picture as a data address, all maps on one colour scale."""
-    photo, box = images[example["image"]], example["box"]
-    maps = [("teacher", example["teacher_map"])]
-    if example.get("student_map") is not None:
-        maps.append(("student", example["student_map"]))
-    steps = list(example["step_maps"])
-    vmax = max(float(checked_heat(heat).max()) for heat in [*(heat for _, heat in maps), *steps])
-    vmax = vmax if vmax > 0 else 1.0
-    tile = _fitted(photo, TILE_SIDE)
+    """One card: the picture with its numbered boxes, and where each hop looks, on one colour scale."""
+    import numpy as np
 
-    def overlay(heat: Any) -> str:
-        return data_uri(attention_overlay(tile, heat, box, vmax), quality=TILE_QUALITY)
-
-    shown = _fitted(photo, PHOTO_SIDE)
+    photo, boxes = images[example["image"]], example["boxes"]
+    looks = [np.asarray(span, dtype=float).mean(0) for span in example["spans"]]
+    vmax = max((float(checked_heat(look).max()) for look in looks), default=0.0) or 1.0
+    tile, shown = _fitted(photo, TILE_SIDE), _fitted(photo, PHOTO_SIDE)
+    for box in boxes:
+        shown = outline_box(shown, box)
+    hops = []
+    for place, look in enumerate(looks):
+        box = boxes[place] if place < len(boxes) else None
+        picture = data_uri(attention_overlay(tile, look, box, vmax), quality=TILE_QUALITY)
+        hops.append((picture, example["mass_in_box"][place] if box is not None else None))
     return {
         "name": f"example-{index + 1}",
         "data": example,
-        "swapped": example.get("predicted_swapped"),
-        "photo": data_uri(outline_box(shown, box), quality=PHOTO_QUALITY),
+        "photo": data_uri(shown, quality=PHOTO_QUALITY),
         "photo_size": shown.size,
         "tile_size": tile.size,
-        "maps": {name: overlay(heat) for name, heat in maps},
-        "steps": [(overlay(heat), mass) for heat, mass in zip(steps, example["mass_in_box"], strict=True)],
+        "marks": [(100 * box[0], 100 * box[1]) for box in boxes],
+        "hops": hops,
         "bar": colour_bar(vmax),
     }
 
@@ -150,8 +177,8 @@ def _fitted(image: Image.Image, side: int) -> Image.Image:
 
 
 def _arm_names(metrics: Mapping[str, Any]) -> dict[str, str]:
-    """Curves named like a table row take that row's label."""
-    labels = {row["key"]: row["label"] for row in metrics["rows"]}
+    """Curves named like an arm take that arm's label."""
+    labels = {arm["key"]: arm["label"] for arm in metrics["arms"]}
     return {arm: labels.get(arm, arm) for arm in metrics["curves"]}
 
 
