@@ -60,6 +60,19 @@ def test_a_study_can_grow_group_by_group(finished, tmp_path_factory):
     assert (folder / "main" / "seed-0" / "arms" / "stage1" / "model.safetensors").stat().st_mtime_ns == before
 
 
+def test_rows_from_another_machine_count_as_finished(finished, tmp_path):
+    folder, _ = finished
+    kept = [row for row in collect_rows(folder) if row["group"] in ("main", "fairest")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    study = load_study(None, [*SMALL, "groups.fairest.seeds=[0]"], ["main", "fairest"])
+    run_study(study, tmp_path, lambda *_: None)
+    assert collect_rows(tmp_path) == kept and not list(tmp_path.glob("*/seed-*/arms"))
+    # Other settings of stage 2 alone: stage 1 is needed again, and only then.
+    again = load_study(None, [*SMALL, "groups.main.seeds=[0]", "arms.stage2.trainer.max_steps=2"], ["main"])
+    run_study(again, tmp_path, lambda *_: None)
+    assert [path.name for path in sorted(tmp_path.glob("main/seed-0/arms/*"))] == ["stage1", "stage2"]
+
+
 def test_the_figures_and_what_the_report_shows_are_left_with_it(finished):
     folder, _ = finished
     shown = json.loads((folder / "published.json").read_text())

@@ -51,7 +51,8 @@ class Arm:
 
     Attributes:
         base: folder of the base model. folder: of the run. data, features: see `Quickstart`. prefix: of the phases
-            that it reports.
+            that it reports. keep_checkpoint: whether something else needs the trained model; a result alone is then not
+            enough to call the arm finished.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Arm:
     data: Path
     features: Path
     prefix: str = ""
+    keep_checkpoint: bool = True
 
     @property
     def model(self) -> Path:
@@ -81,6 +83,14 @@ class Arm:
     def result_file(self) -> Path:
         return self.folder / "results" / f"{self.name}.json"
 
+    def finished(self) -> dict[str, Any] | None:
+        """The result of an earlier run with the same settings."""
+        checkpoint = (self.output / "config.json").exists() or not self.keep_checkpoint
+        if not (self.result_file.exists() and checkpoint):
+            return None
+        result = json.loads(self.result_file.read_text())
+        return result if result["fingerprint"] == self.fingerprint else None
+
     def rows(self, file: str) -> list[Sample]:
         return read_visual_cot(self.data / f"{file}.json", self.data / "images", "raise")[0]
 
@@ -88,13 +98,11 @@ class Arm:
 def do_arm(arm: Arm, on_progress: Progress) -> dict[str, Any]:
     """Result of one arm: kept from an earlier run if its settings are unchanged, else trained and measured."""
     training, measuring = f"{arm.prefix}train {arm.name}", f"{arm.prefix}measure {arm.name}"
-    fingerprint = arm.fingerprint
-    if arm.result_file.exists() and (arm.output / "config.json").exists():
-        result = json.loads(arm.result_file.read_text())
-        if result["fingerprint"] == fingerprint:
-            on_progress(training, 1, 1)
-            on_progress(measuring, 1, 1)
-            return result
+    result = arm.finished()
+    if result is not None:
+        on_progress(training, 1, 1)
+        on_progress(measuring, 1, 1)
+        return result
     arm.result_file.unlink(missing_ok=True)
     cache = image_tokens(arm.features, arm.data)
     started = time.perf_counter()
@@ -104,7 +112,7 @@ def do_arm(arm: Arm, on_progress: Progress) -> dict[str, Any]:
     result = measure_arm(arm, trained, cache)
     on_progress(measuring, 1, 1)
     result |= {
-        "fingerprint": fingerprint,
+        "fingerprint": arm.fingerprint,
         "stage": trained.model.config.stage,
         "rows": arm.settings.rows_of(arm.name),
         "curriculum": arm.settings.has_curriculum(arm.name),

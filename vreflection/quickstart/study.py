@@ -10,7 +10,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -123,8 +123,10 @@ def run_study(study: Study, folder: Path, on_progress: Progress) -> dict[str, An
     A study of the main task also leaves its figures, and `published.json`, which the quickstart's report shows once it
     lies in the package's `assets/study.json`.
 
-    Rows of groups that ran earlier in the same folder and are not part of this call stay in.
+    Rows of groups that ran earlier in the same folder and are not part of this call stay in. A `rows.jsonl` alone, such
+    as one kept from another machine, counts as finished arms too.
     """
+    restore_results(folder)
     runs = {
         name: Quickstart(settings, folder / name, on_progress, shared_folder=folder)
         for name, settings in study.runs.items()
@@ -142,7 +144,7 @@ def run_study(study: Study, folder: Path, on_progress: Progress) -> dict[str, An
             jobs[base_name], after[base_name] = base, None
         for arm in run.settings.arms:
             start = run.settings.start_of(arm)
-            jobs[f"{name}/{arm}"] = run.job(arm, features, prefix=f"{name}: ")
+            jobs[f"{name}/{arm}"] = arm_job(run, arm, features, f"{name}: ")
             after[f"{name}/{arm}"] = base_name if start == "base" else f"{name}/{start}"
     workers = first.settings.worker_count
 
@@ -152,6 +154,25 @@ def run_study(study: Study, folder: Path, on_progress: Progress) -> dict[str, An
 
     run_jobs(do_job, jobs, after, workers, on_progress, keep)
     return publish(folder)
+
+
+def arm_job(run: Quickstart, name: str, features: Path, prefix: str) -> Arm:
+    """An arm of a study: its checkpoint is needed only by arms that are not finished."""
+    followers = [other for other in run.settings.arms if run.settings.start_of(other) == name]
+    waiting = [other for other in followers if arm_job(run, other, features, prefix).finished() is None]
+    return replace(run.job(name, features, prefix), keep_checkpoint=bool(waiting))
+
+
+def restore_results(folder: Path) -> None:
+    """Result files from the rows of an earlier study, where they are missing."""
+    if not (folder / ROWS_FILE).exists():
+        return
+    for line in (folder / ROWS_FILE).read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        group, seed, arm = (row.pop(key) for key in ("group", "seed", "arm"))
+        file = folder / group / f"seed-{seed}" / "results" / f"{arm}.json"
+        if not file.exists():
+            write_json(file, row)
 
 
 def publish(folder: Path) -> dict[str, Any]:
