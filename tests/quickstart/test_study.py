@@ -47,7 +47,9 @@ def test_groups_share_data_and_every_run_is_a_raw_row(finished):
     for place, point in enumerate(entry["accuracy"]):
         assert point["value"] == statistics.fmean(result["accuracy_by_hops"][place]["value"] for result in own)
     table = (folder / "study.md").read_text().splitlines()
-    assert table[0].startswith("| group | arm | steps | seeds | measured | 0 hops |")
+    assert table[0] == "| group | arm | steps | seeds | 0 hops | 1 hop | 2 hops | 3 hops | 4 hops |"
+    assert any(line.startswith("| main | `stage2` | 2 | 2 | ") for line in table)
+    assert "| group | arm | steps | seeds | measured | 0 hops | 1 hops | 2 hops | 3 hops | 4 hops |" in table
     assert sum("| stage2 |" in line for line in table) >= 5
 
 

@@ -54,7 +54,7 @@ def served(serve, parts, tools, **settings):
 
     boxes = {"a": [0.0, 0.0, 0.5, 1.0], "b": [0.25, 0.5, 0.75, 1.0]}
     examples = [
-        {"title": name, "question": f"what is on {name} ?", "image": tools.picture(seed), "box": boxes[name]}
+        {"title": name, "question": f"what is on {name} ?", "image": tools.picture(seed), "boxes": [boxes[name]]}
         for seed, name in ((3, "a"), (4, "b"))
     ]
     with serve(maps=answer_maps(parts[0]), examples=examples, **settings) as server:

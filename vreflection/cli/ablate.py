@@ -21,7 +21,11 @@ def command(
     hub: Annotated[bool, typer.Option("--hub", help="download what is not below --data-root")] = False,
     protocol: Annotated[str, typer.Option(help="how a benchmark is asked and read, see vreflection eval")] = "strict",
     interventions: Annotated[
-        str | None, typer.Option(help="of zero,noise,swap,repeat,skip,image,steps [default: all that apply]")
+        str | None,
+        typer.Option(
+            help="of zero,noise,swap,repeat,skip,image,steps, or zero, noise, swap, repeat of one span, such as "
+            "swap_span_2 [default: all that apply to every span]"
+        ),
     ] = None,
     steps: Annotated[
         str | None, typer.Option(help="latent steps to try, such as 1,2,16 [default: half, twice]")

@@ -182,7 +182,8 @@ def publish(folder: Path) -> dict[str, Any]:
         file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
     study = {"environment": environment(), "rows": summarize(rows)}
     write_json(folder / "study.json", study)
-    (folder / "study.md").write_text(table(study["rows"]), encoding="utf-8")
+    text = f"{accuracy_table(study['rows'])}\n{table(study['rows'])}"
+    (folder / "study.md").write_text(text, encoding="utf-8")
     if any((row["group"], row["arm"]) == MAIN_LINES[0][1:3] for row in rows):
         for_report = published(rows, date.today().isoformat(), "vreflection quickstart --study")
         write_json(folder / "published.json", for_report)
@@ -255,8 +256,19 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return summary
 
 
+def accuracy_table(summary: Sequence[Mapping[str, Any]]) -> str:
+    """Accuracy by hops of every group and arm as a Markdown table: mean over seeds ± standard deviation."""
+    hops = [point["hops"] for point in summary[0]["accuracy"]]
+    head = ["group", "arm", "steps", "seeds", *(f"{count} hop{'' if count == 1 else 's'}" for count in hops)]
+    lines = [head, ["---"] * len(head)]
+    for entry in summary:
+        cells = [f"{p['value']:.2f}" + ("" if p["sd"] is None else f" ± {p['sd']:.2f}") for p in entry["accuracy"]]
+        lines.append([entry["group"], f"`{entry['arm']}`", f"{entry['steps']:,}", str(entry["seeds"]), *cells])
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
+
+
 def table(summary: Sequence[Mapping[str, Any]]) -> str:
-    """Means over seeds, standard deviations and intervals as a Markdown table."""
+    """Everything measured, with means over seeds, standard deviations and intervals, as a Markdown table."""
     hops = sorted({point["hops"] for entry in summary for point in entry["accuracy"]})
     head = ["group", "arm", "steps", "seeds", "measured", *(f"{count} hops" for count in hops)]
     lines = [head, ["---"] * len(head)]

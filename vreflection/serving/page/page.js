@@ -636,7 +636,7 @@ function show({ model, maps, spans, examples }) {
     image.alt = "";
     button.append(image, example.title);
     button.addEventListener("click", async () => {
-      await setImage(example.image, [...(example.boxes || (example.box ? [example.box] : []))]);
+      await setImage(example.image, [...example.boxes]);
       $("question").value = example.question;
       $("question").focus();
     });
