@@ -164,6 +164,12 @@ def test_the_one_hop_task_runs_through(tmp_path):
     assert len(metrics["examples"]) == 2
 
 
+def test_a_relative_folder_will_do(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = load_quickstart(None, [*TWO, "arms.filler_aligned=null"])
+    assert "sft_curriculum" in Quickstart(settings, Path("runs/here"), ignore).run_arms()
+
+
 def test_starting_over_removes_only_its_own_files(tmp_path):
     own = ("arms/sft/config.json", "results/sft.json", "data/test.json", "metrics.json", "base-2-layers/config.json")
     for name in (*own, "visual_tokens-1-2.safetensors", "mine.txt"):

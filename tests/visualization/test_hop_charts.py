@@ -21,7 +21,7 @@ def heights(svg, style):
 
 
 def test_points_lie_at_their_share_and_bars_span_their_interval():
-    svg = hops_chart([series(1.0, 0.5, 0.0)], 0.25, "h", "Title", (860, 400))
+    svg = hops_chart([series(1.0, 0.5, 0.0)], 0.25, "h", "Title", (920, 400))
     top, middle, bottom = heights(svg, "s0")
     assert middle == pytest.approx((top + bottom) / 2, abs=0.1) and top < bottom
     whisker = of_class(svg, "whisker-line")[1]
@@ -33,7 +33,7 @@ def test_points_lie_at_their_share_and_bars_span_their_interval():
 
 def test_names_beside_the_lines_never_overlap_and_stay_inside():
     lines = [series(0.9, 0.30 + 0.001 * i, label=f"arm {i}", style=f"s{i}") for i in range(9)]
-    svg = hops_chart(lines, 0.25, "h", "Title", (860, 400))
+    svg = hops_chart(lines, 0.25, "h", "Title", (920, 400))
     places = sorted(float(node.get("y")) for node in of_class(svg, "name"))
     assert len(places) == 9 and min(b - a for a, b in zip(places, places[1:])) >= LINE_HEIGHT - 0.2
     assert places[0] > 0 and places[-1] < 400

@@ -55,7 +55,7 @@ SHAPES = [(160, 40), (40, 160), (28, 28), (3840, 2160), (120, 120), (2000, 10)]
 
 
 @pytest.mark.parametrize("size", SHAPES)
-@pytest.mark.parametrize("kind", ["all", "steps", "mean", "queries"])
+@pytest.mark.parametrize("kind", ["all", "hops", "steps", "mean", "queries"])
 def test_every_kind_opens_again_at_every_shape(tmp_path, size, kind):
     figure = look_figure(looks(), [photo(*size)], "what is it?", kind)
     path = write_figure(figure, tmp_path / "figure.png")
@@ -120,6 +120,8 @@ def test_rows_of_a_figure_with_several_hops():
         assert [panel.span for panel in row.panels] == [hop] * 3
         assert np.array_equal(row.panels[1].heat, answer.maps[0][2 * hop + 1])
     assert [labels(row) for row in panel_rows(answer, "steps")] == [labels(row)[:2] for row in rows[1:4]]
+    (hops,) = panel_rows(answer, "hops")
+    assert labels(hops)[0] == "image and boxes" and [panel.span for panel in hops.panels] == [None, 0, 1, 2]
     (means,) = panel_rows(answer, "mean")
     assert labels(means)[2:4] == [f"hop 1, mean: {words[0][2]}", "teacher of box 1: mean"]
     assert [row.title for row in panel_rows(answer, "queries")] == [
@@ -162,7 +164,7 @@ def test_each_hop_shows_its_own_box_with_its_number():
 
 
 @pytest.mark.parametrize("size", SHAPES[:3])
-@pytest.mark.parametrize("kind", ["all", "steps", "mean", "queries"])
+@pytest.mark.parametrize("kind", ["all", "hops", "steps", "mean", "queries"])
 def test_figures_and_frames_of_several_hops(size, kind):
     answer = looks(boxes=HOP_BOXES, steps=2, spans=3)
     figure = look_figure(answer, [photo(*size)], "start at the red note , follow 2 times : what digit ?", kind)
@@ -257,7 +259,7 @@ def test_an_answer_without_a_span():
         look_figure(empty, [photo()], "q")
     with pytest.raises(ConfigError, match="queries needs the teacher's maps"):
         look_figure(looks(teacher=False), [photo()], "q", "queries")
-    with pytest.raises(ConfigError, match="kind: expected one of all, steps, mean, queries"):
+    with pytest.raises(ConfigError, match="kind: expected one of all, hops, steps, mean, queries"):
         look_figure(looks(), [photo()], "q", "everything")
 
 

@@ -23,7 +23,7 @@ def command(
     out: Annotated[
         Path | None, typer.Option(help="a .png, .gif, .webp or .html file [default: looks.png, or looks.html for rows]")
     ] = None,
-    kind: Annotated[str, typer.Option(help="of a .png: all, steps, mean, queries")] = "all",
+    kind: Annotated[str, typer.Option(help="of a .png: all, hops, steps, mean, queries")] = "all",
     source: Annotated[str, typer.Option(help="auto (the student if there is one), student, language-model")] = "auto",
     layers: Annotated[str | None, typer.Option(help="of the language model, such as 12,13 [default: mean]")] = None,
     heads: Annotated[str | None, typer.Option(help="of the language model, such as 0,5 [default: mean]")] = None,

@@ -29,6 +29,15 @@ _IMAGE_PATTERN = re.compile(rf"\n?{re.escape(IMAGE_PLACEHOLDER)}\n?")
 _DROPPED_LATENT_PATTERN = re.compile(rf"{re.escape(LATENT_PLACEHOLDER)}\n?")
 
 
+ANSWER = re.compile(r"<answer>(.*?)(?:</answer>|$)", re.DOTALL)
+
+
+def extract_answer(text: str) -> str | None:
+    """Text inside the last `<answer>` (closed or not), stripped; `None` when there is none."""
+    answers = ANSWER.findall(text)
+    return answers[-1].strip() if answers else None
+
+
 @dataclass(frozen=True, slots=True)
 class LatentTokenIds:
     """Ids of every token the data and decoding code must recognise; read from a tokenizer or a model config."""

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save
 
 from ..data.atomic import atomic_write
+from ..data.template import extract_answer
 from ..engine.decoder import LatentDecoder
 from ..engine.requests import Generation, Prompt
 from ..errors import CheckpointError, ConfigError
@@ -28,7 +29,6 @@ from ..ops.regions import MERGE_SIZE
 from .forced import ForcedScorer, GivenAnswer
 from .interventions import OWN, Intervention, in_span, replaced_latents, with_span_length
 from .latents import grounding, hop_grounding, partners_of
-from .questions import extract_answer
 
 LENS = 5  # tokens kept per latent step
 Progress = Callable[[str, int, int], None]

@@ -14,6 +14,7 @@ import torch
 from .._version import __version__
 from ..data.atomic import atomic_write
 from ..data.rows import open_rows
+from ..data.template import extract_answer
 from ..data.visual_cot import Sample
 from ..engine.requests import Prompt
 from ..errors import ConfigError, DataError
@@ -28,7 +29,7 @@ from .fingerprints import file_digest, joined_digest
 from .interventions import chosen_interventions
 from .manifests import differences
 from .protocol import Protocol, load_protocol
-from .questions import expected_answer, extract_answer, prompt_of
+from .questions import expected_answer, prompt_of
 from .records import Item
 from .run import EvalSettings, check_settings, limited, load_model, units
 

@@ -5,7 +5,6 @@ Shape suffixes: S spans of an answer, B boxes of a question, N latents per span,
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count, islice
@@ -14,6 +13,7 @@ import torch
 
 from ..data.collate import Collator
 from ..data.encode import EncodedSample, ImageTokens, encode_prompt, encode_sample
+from ..data.template import extract_answer
 from ..data.visual_cot import Sample
 from ..engine.decoder import LatentDecoder
 from ..engine.requests import Prompt, Request
@@ -21,14 +21,7 @@ from ..model.layout import BatchLayout
 from ..model.modeling import VReflectionForConditionalGeneration
 from ..model.processor import VReflectionProcessor
 
-ANSWER = re.compile(r"<answer>(.*?)(?:</answer>|$)", re.DOTALL)
 Progress = Callable[[int, int], None]
-
-
-def extract_answer(text: str) -> str | None:
-    """Text inside the last `<answer>` (closed or not), stripped; `None` when there is none."""
-    found = ANSWER.findall(text)
-    return found[-1].strip() if found else None
 
 
 def expected_answer(sample: Sample) -> str:

@@ -137,8 +137,8 @@ def file_hash(path: Path) -> str:
 @functools.cache
 def image_tokens(features: Path, data: Path) -> Cache:
     """Visual tokens by image path, as the trainer and the decoder take them."""
-    grid = torch.tensor(GRID_THW)
-    return {str(data / "images" / name): (tokens, grid) for name, tokens in load_file(features).items()}
+    grid, images = torch.tensor(GRID_THW), (data / "images").resolve()  # as the reader names them
+    return {str(images / name): (tokens, grid) for name, tokens in load_file(features).items()}
 
 
 # Training
@@ -379,9 +379,9 @@ def examples(model, processor, test: Sequence[Sample], cache: Cache, count: int)
                 "expected": expected_answer(sample),
                 "predicted": decoded.answers[place] or decoded.texts[place],
                 "correct": decoded.answers[place] == expected_answer(sample),
-                "predicted_swapped": swapped.answers[place],
+                "predicted_swapped": swapped.answers[place] or "no answer",
                 "partner_answer": expected_answer(others[place]),
-                "predicted_removed": removed.answers[place],
+                "predicted_removed": removed.answers[place] or "no answer",
                 "boxes": boxes,
                 "image": sample.image_paths[0],
                 "spans": [span.tolist() for span in spans],

@@ -10,7 +10,7 @@ from typing import Any
 from .svg import described, percent, tag, text
 
 LINE_HEIGHT = 17  # of the labels beside the lines
-LABEL_WIDTH = 232
+LABEL_WIDTH = 300
 SPREAD = 0.022  # of a hop's width, by which the lines' marks stand apart
 
 
@@ -19,7 +19,7 @@ def hops_chart(
     guess: float,
     ident: str,
     title: str,
-    size: tuple[int, int] = (860, 400),
+    size: tuple[int, int] = (920, 400),
     labels: bool = True,
 ) -> str:
     """Accuracy over the number of hops: a line per arm with 95 % intervals.
@@ -93,7 +93,7 @@ def steps_chart(
     level: float,
     ident: str,
     title: str,
-    size: tuple[int, int] = (860, 300),
+    size: tuple[int, int] = (920, 300),
 ) -> str:
     """Training steps until an arm first answers `level` of a hop's validation questions, on a logarithmic axis.
 

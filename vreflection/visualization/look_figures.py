@@ -11,6 +11,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, features
 
 from ..data.atomic import atomic_write
+from ..data.template import extract_answer
 from ..errors import ConfigError
 from .attention_maps import Looks
 from .look_panels import Panel, PanelRow, painted, panel_rows, scale_top, step_panels, tile
@@ -111,7 +112,11 @@ class Sheet:
         self.y += 20
 
     def drawn(self) -> Image.Image:
-        canvas = Image.new("RGB", (self.width, self.y + MARGIN), PAPER)
+        # Lines of pictures may turn out shorter than what was reserved.
+        edges = [x + picture.width for x, _, picture in self.pictures]
+        edges += [x + text_width(text, size) for x, _, text, size, _, anchor in self.texts if anchor == "la"]
+        width = min(self.width, max(LEAST_WIDTH, max(edges, default=0) + MARGIN))
+        canvas = Image.new("RGB", (width, self.y + MARGIN), PAPER)
         for x, y, picture in self.pictures:
             canvas.paste(picture, (x, y))
         draw = ImageDraw.Draw(canvas)
@@ -251,7 +256,7 @@ def _mean_beside(step: Panel, mean: PanelRow) -> Panel:
 
 def _head(sheet: Sheet, looks: Looks, question: str) -> None:
     sheet.write(question, 20, most=3, space=2)
-    sheet.write(f"Answer: {looks.answer}", 16, most=2, space=2)
+    sheet.write(f"Answer: {extract_answer(looks.answer) or looks.answer}", 16, most=2, space=2)
     sheet.write(f"Attention: {looks.attention.title}", 14, QUIET, most=2, space=10)
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 from .._version import __version__
 from ..data.atomic import atomic_write
+from ..data.template import extract_answer
 from ..errors import ConfigError
 from .attention_maps import Looks
 from .look_panels import Panel, painted, panel_rows, scale_top, tile
@@ -47,7 +48,8 @@ def render_card(
         name: unique on the page. ident: shown beside the question. top: see `look_figure`.
     """
     card: dict[str, Any] = {
-        "name": name, "question": question, "id": ident, "answer": looks.answer.strip(), "expected": expected,
+        "name": name, "question": question, "id": ident, "expected": expected,
+        "answer": (extract_answer(looks.answer) or looks.answer).strip(),
         "attention": looks.attention.title, "note": "", "images": [], "bar": "",
     }  # fmt: skip
     if not looks.steps:

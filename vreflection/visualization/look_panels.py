@@ -13,7 +13,7 @@ from .attention_maps import Looks
 from .overlays import attention_overlay, outline_box
 from .svg import percent
 
-KINDS = ("all", "steps", "mean", "queries")
+KINDS = ("all", "hops", "steps", "mean", "queries")
 # Words under a map are of no use below this, and an image that is very long would leave nothing of the other side.
 SHORTEST_SIDE = 16
 
@@ -45,9 +45,9 @@ def panel_rows(looks: Looks, kind: str = "all") -> list[PanelRow]:
     """Rows of a figure.
 
     Args:
-        kind: `mean` (photograph, mean over steps, mean of the teacher), `steps` (one map per latent step), `queries`
-            (per query of the teacher its map, and below it what the step of that number looks at), or `all`. With
-            several spans, a row per span, and a mean for each.
+        kind: `mean` (photograph, mean over steps, mean of the teacher), `hops` (photograph, mean of each span), `steps`
+            (one map per latent step), `queries` (per query of the teacher its map, and below it what the step of that
+            number looks at), or `all`. With several spans, a row per span, and a mean for each.
 
     Raises:
         ConfigError: an unknown kind, an answer without a finished span, or `queries` without a teacher's map.
@@ -68,8 +68,9 @@ def panel_rows(looks: Looks, kind: str = "all") -> list[PanelRow]:
     for image in range(len(looks.maps)):
         name = f"Image {image + 1} of {len(looks.maps)}: " if len(looks.maps) > 1 else ""
         queries = _teacher_rows(looks, image, name)
-        if kind in ("all", "mean"):
-            rows.append(PanelRow(f"{name}mean over latent steps", image, _mean_panels(looks, image, kind)))
+        if kind in ("all", "mean", "hops"):
+            title = "looks, hop by hop" if kind == "hops" and looks.spans > 1 else "mean over latent steps"
+            rows.append(PanelRow(f"{name}{title}", image, _mean_panels(looks, image, kind)))
         if kind in ("all", "steps"):
             rows += _step_rows(looks, image, name, with_teacher=kind == "all")
         if kind == "all":
@@ -188,14 +189,16 @@ def _mean_panels(looks: Looks, image: int, kind: str) -> tuple[Panel, ...]:
     # Of several boxes the mean over all hops has no one to be in.
     own_boxes = looks.spans > 1 and len(looks.boxes) > 1
     share = None if shares is None or own_boxes else _mean_share(shares)
-    panels.append(Panel(_with_share("mean", share), maps.mean(0).numpy(), None, share))
+    if kind != "hops" or looks.spans < 2:
+        panels.append(Panel(_with_share("mean", share), maps.mean(0).numpy(), None, share))
     if looks.spans < 2:
         panels += [Panel(f"{words}: mean", heats.mean(0)) for _, words, heats in _teacher_of(looks, image)]
         return tuple(panels)
     for span in range(looks.spans):
         steps = [step for step, place in enumerate(looks.span) if place == span]
         share = None if shares is None else _mean_share([shares[step] for step in steps])
-        panels.append(Panel(_with_share(f"hop {span + 1}, mean", share), maps[steps].mean(0).numpy(), span, share))
+        label = f"hop {span + 1}" if kind == "hops" else f"hop {span + 1}, mean"
+        panels.append(Panel(_with_share(label, share), maps[steps].mean(0).numpy(), span, share))
         panels += _teacher_panel(looks, image, span, kind == "mean")
     return tuple(panels)
 

@@ -13,7 +13,7 @@ import torch
 
 from ..data.images import open_image
 from ..data.rows import open_rows
-from ..data.template import IMAGE_PLACEHOLDER
+from ..data.template import IMAGE_PLACEHOLDER, extract_answer
 from ..data.visual_cot import Sample
 from ..engine.decoder import LatentDecoder
 from ..errors import ConfigError, DataError
@@ -215,9 +215,8 @@ def sample_card(
         box_images=[int(place) for place in sample.box_images], decoder=decoder, force_latent=settings.force_latent,
         max_new_tokens=settings.max_new_tokens,
     )  # fmt: skip
-    answers = re.findall(r"<answer>(.*?)</answer>", sample.conversations[1].text, re.DOTALL)
     shown = re.sub(rf"\s*{IMAGE_PLACEHOLDER}\s*", " ", text).strip()
-    expected = answers[-1].strip() if answers else None
+    expected = extract_answer(sample.conversations[1].text)
     ident = sample.source or sample.question_id
     return render_card(found, images, shown, name, ident, expected, settings.scale_max)
 
