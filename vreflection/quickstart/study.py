@@ -88,15 +88,21 @@ def seeds_study(settings_values: Mapping[str, Any], seeds: Sequence[int], where:
 
 
 def study_runs(values: dict[str, Any], groups: Mapping[str, Group], where: str) -> dict[str, QuickstartSettings]:
-    runs = {}
+    bodies = {}
     for name, group in groups.items():
         changed = merge(values, group.change)
         missing = [arm for arm in group.arms if arm not in changed["arms"]]
         if missing:
             raise ConfigError(f"{where}: groups.{name}: unknown arms {missing}; known: {list(changed['arms'])}")
         changed["arms"] = {arm: changed["arms"][arm] for arm in changed["arms"] if arm in group.arms}
-        for seed in group.seeds:
-            runs[f"{name}/seed-{seed}"] = quickstart_settings({**changed, "seed": seed}, f"{where}: groups.{name}")
+        bodies[name] = changed
+    # Seed by seed, so that a study that is cut short has something of every group.
+    runs = {
+        f"{name}/seed-{seed}": quickstart_settings({**bodies[name], "seed": seed}, f"{where}: groups.{name}")
+        for seed in sorted({seed for group in groups.values() for seed in group.seeds})
+        for name, group in groups.items()
+        if seed in group.seeds
+    }
     if not runs:
         raise ConfigError(f"{where}: expected at least one group with a seed, got none")
     return runs
