@@ -1,20 +1,23 @@
 """Opening images and resolving their paths, both distrustful of the data.
 
-Images are used as stored: EXIF orientation is not applied, because the public Visual-CoT boxes refer to the stored
-pixels.
+Every image of this package is opened here, by one of two views, `shown` or `stored` (see `pixels`). Images that people
+send are read as shown; rows of training and evaluation data as stored unless a setting says otherwise, because the
+boxes of the public Visual-CoT data refer to the stored pixels.
 """
 
 import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError, features
 
+from vreflection.data.file_kinds import file_kind
+from vreflection.data.pixels import ImageView, orientation, stored_size, to_rgb
 from vreflection.errors import DataError
 
 # PIL's own warning threshold for decompression bombs (a quarter GiB of RGB); larger images are refused before decoding.
@@ -22,7 +25,11 @@ MAX_IMAGE_PIXELS = 89_478_485
 # The host model's resize refuses images longer than this many times their width.
 MAX_ASPECT_RATIO = 200
 # Raster formats only: some others (EPS) start external programs when opened. JPEG includes multi-picture files.
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+if "avif" in features.modules and features.check("avif"):
+    FORMATS += ("AVIF",)
+# As much of a file as tells its kind.
+_HEAD_BYTES = 1024
 
 _FOLDERS = {
     "cub": ("cub/CUB_200_2011/images",),
@@ -43,39 +50,61 @@ _FOLDERS = {
 _KEEPS_SUBFOLDERS = frozenset({"cub"})
 
 
-def open_image(path: str | Path, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
-    """Decode an image file completely and return it as RGB, transparency composited on white.
+@dataclass(frozen=True)
+class ImageHeader:
+    """What an image file tells before its pixels are read.
+
+    Attributes:
+        stored_size: width and height (px) in the file. orientation: EXIF's, 1 (upright) to 8.
+    """
+
+    stored_size: tuple[int, int]
+    orientation: int
+
+    def size(self, view: ImageView) -> tuple[int, int]:
+        width, height = self.stored_size
+        return (height, width) if view == "shown" and self.orientation >= 5 else (width, height)
+
+
+def open_image(path: str | Path, max_pixels: int = MAX_IMAGE_PIXELS, *, view: ImageView = "stored") -> Image.Image:
+    """Decode an image file completely and return it as RGB, transparency on white; of an animation the first frame.
 
     Args:
         path: image file.
         max_pixels: width * height above this is refused before any pixel is decoded.
+        view: `shown` as a viewer shows it, or `stored`; see `pixels`.
 
     Raises:
         DataError: `image-missing`, `image-empty` (no bytes or zero size), `not-an-image`, `image-too-large`,
             `image-aspect`, `image-depth`, or `image-corrupt` (broken or cut off).
     """
     with _opened(Path(path), max_pixels) as image:
-        image.load()
-        return to_rgb(image)
+        return to_rgb(image, view)
 
 
-def decode_image(data: bytes, name: str, max_pixels: int = MAX_IMAGE_PIXELS) -> Image.Image:
+def decode_image(
+    data: bytes, name: str, max_pixels: int = MAX_IMAGE_PIXELS, *, view: ImageView = "stored"
+) -> Image.Image:
     """`open_image` for the bytes of an image. `name` is for messages."""
     if not data:
         raise DataError("image-empty", f"expected an image in {name}, got 0 bytes; send or download it again")
     with _decoding(BytesIO(data), name, max_pixels) as image:
-        image.load()
-        return to_rgb(image)
+        return to_rgb(image, view)
 
 
-def image_size(path: str | Path, max_pixels: int = MAX_IMAGE_PIXELS) -> tuple[int, int]:
-    """Width and height (px) from an image file's header; no pixel is decoded.
+def image_header(path: str | Path, max_pixels: int = MAX_IMAGE_PIXELS) -> ImageHeader:
+    """Size and orientation of an image file; no pixel is decoded.
 
     Raises:
         DataError: as `open_image`, as far as the header tells.
     """
     with _opened(Path(path), max_pixels) as image:
-        return image.size
+        return ImageHeader(stored_size(image), orientation(image))
+
+
+def image_size(path: str | Path, max_pixels: int = MAX_IMAGE_PIXELS, *, view: ImageView = "stored") -> tuple[int, int]:
+    """Width and height (px) of what `open_image` gives, from the header alone. Raises as `image_header`."""
+    return image_header(path, max_pixels).size(view)
 
 
 @contextmanager
@@ -92,15 +121,18 @@ def _opened(path: Path, max_pixels: int) -> Iterator[Image.Image]:
 @contextmanager
 def _decoding(source: Path | BytesIO, name: str, max_pixels: int) -> Iterator[Image.Image]:
     try:
-        with Image.open(source, formats=_FORMATS) as image:
+        with Image.open(source, formats=FORMATS) as image:
             check_image_size(*image.size, name=name, max_pixels=max_pixels)
             yield image
     except DataError:
         raise
     except UnidentifiedImageError:
+        kind = file_kind(_head(source))
+        got = f"a {kind} that is broken or of a kind that cannot be read" if kind in FORMATS else kind
         raise DataError(
             "not-an-image",
-            f"expected one of {', '.join(_FORMATS)} at {name}, got something else or a broken header; replace it",
+            f"expected {', '.join(FORMATS)} at {name}, got {got or 'something else or a broken header'}; convert it "
+            "to one of these",
         ) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise DataError(
@@ -112,6 +144,13 @@ def _decoding(source: Path | BytesIO, name: str, max_pixels: int) -> Iterator[Im
             "image-corrupt",
             f"expected a complete image at {name}, got {type(error).__name__}: {error}; download it again",
         ) from error
+
+
+def _head(source: Path | BytesIO) -> bytes:
+    if isinstance(source, BytesIO):
+        return bytes(source.getbuffer()[:_HEAD_BYTES])
+    with source.open("rb") as file:
+        return file.read(_HEAD_BYTES)
 
 
 def check_image_size(width: int, height: int, name: str, max_pixels: int = MAX_IMAGE_PIXELS) -> None:
@@ -130,29 +169,6 @@ def check_image_size(width: int, height: int, name: str, max_pixels: int = MAX_I
             "image-aspect",
             f"expected sides within a factor of {MAX_ASPECT_RATIO} in {name}, got {width}x{height}; crop the image",
         )
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Copy of an image in RGB; transparent pixels show white, 16-bit grey is scaled to 8 bits.
-
-    Raises:
-        DataError: `image-depth` for 32-bit integers and floats, whose white is unknown.
-    """
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
-        # The library's own conversion would cut every value above 255 to white.
-        grey_HW = np.asarray(image).astype(np.uint32)
-        return Image.fromarray(((grey_HW * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
-    if image.mode in ("I", "F"):
-        raise DataError(
-            "image-depth",
-            f"expected 8 or 16 bits per channel, got mode {image.mode}; scale it to 8 bits and save again",
-        )
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGB", rgba.size, (255, 255, 255))
-        white.paste(rgba, mask=rgba.getchannel("A"))
-        return white
-    return image.convert("RGB")
 
 
 def resolve_image_path(image_folder: str | Path, dataset: str, name: str) -> Path:

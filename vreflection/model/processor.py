@@ -10,7 +10,8 @@ from torch import Tensor
 
 from vreflection.data.collate import Collator
 from vreflection.data.encode import encode_prompt
-from vreflection.data.images import check_image_size, to_rgb
+from vreflection.data.images import check_image_size
+from vreflection.data.pixels import to_rgb
 from vreflection.data.template import (
     IMAGE_PAD,
     LATENT_TOKENS,
@@ -120,7 +121,7 @@ class VReflectionProcessor:
             raise ValueError("expected at least one image, got none; leave pixel_values out for text-only prompts")
         for index, image in enumerate(images):
             check_image_size(*image.size, name=f"image {index}")
-        features = self.image_processor.preprocess([to_rgb(image) for image in images], return_tensors="pt")
+        features = self.image_processor.preprocess([to_rgb(image, "shown") for image in images], return_tensors="pt")
         return {"pixel_values": features["pixel_values"], "image_grid_thw": features["image_grid_thw"].long()}
 
     def image_grid(self, width: int, height: int) -> tuple[int, int, int]:
