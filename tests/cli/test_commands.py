@@ -45,6 +45,9 @@ def test_info_names_versions_and_choices(run):
         (("train", "--config", "configs/stage1_7b.yaml"), "data.train: expected a training file"),
         (("quickstart", "--set", "data.trian=3"), "unknown keys ['trian']"),
         (("quickstart", "--seeds", "one"), "expected numbers separated by commas"),
+        (("quickstart", "--seeds", "1,1"), "expected different numbers from 0 on"),
+        (("quickstart", "--seeds", "1", "--from-scratch"), "--from-scratch: is for a single run"),
+        (("quickstart", "--out", "/dev/null/here", "--fresh"), "expected a folder that can be made"),
     ],
 )
 def test_bad_input_exits_2_with_one_clear_line(run, arguments, message):

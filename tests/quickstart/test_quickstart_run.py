@@ -8,9 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from vreflection.data.visual_cot import read_visual_cot
 from vreflection.errors import ConfigError
+from vreflection.evaluation.latents import sample_partners
 from vreflection.model.modeling import VReflectionForConditionalGeneration
 from vreflection.quickstart import arms as arms_module
 from vreflection.quickstart.arms import by_hops, curriculum, overall
@@ -170,6 +173,48 @@ def test_a_relative_folder_will_do(tmp_path, monkeypatch):
     assert "sft_curriculum" in Quickstart(settings, Path("runs/here"), ignore).run_arms()
 
 
+def test_what_is_damaged_or_missing_is_made_again(tmp_path):
+    settings = load_quickstart(None, [*TWO, "arms.sft_curriculum=null"])
+    first = Quickstart(settings, tmp_path, ignore).run_arms()["filler_aligned"]
+    (tokens,) = tmp_path.glob("visual_tokens-*")
+    whole = tokens.read_bytes()
+    for name, content in (
+        ("results/filler_aligned.json", b'{"accuracy": '),
+        ("results/filler_aligned.json", b"[]"),
+        ("data/written.json", b"{"),
+        ("data/train.json", None),
+        (tokens.name, b"damaged"),
+    ):
+        damaged = tmp_path / name
+        damaged.unlink()
+        if content is not None:
+            damaged.write_bytes(content)
+        again = Quickstart(settings, tmp_path, ignore).run_arms()["filler_aligned"]
+        assert again["accuracy_by_hops"] == first["accuracy_by_hops"], name
+        assert damaged.exists() and damaged.read_bytes() != content
+    assert tokens.read_bytes() == whole
+
+
+def test_few_questions_and_visual_tokens_of_other_data_still_make_a_report(tmp_path):
+    """One test image has no other one to take latents from."""
+    for number in range(8):
+        save_file({"notes/test_00000.jpg": torch.zeros(1)}, tmp_path / f"visual_tokens-{number}-0.safetensors")
+    small = [*TINY, "data.test=1", "examples=9", *(f"arms.{arm}=null" for arm in ARMS[2:])]
+    metrics = Quickstart(load_quickstart(None, small), tmp_path, ignore).run()
+    assert metrics["interventions"] == [] and len(metrics["examples"]) == 1
+    assert metrics["examples"][0]["predicted_swapped"] is None
+    json.loads((tmp_path / "metrics.json").read_text(), parse_constant=pytest.fail)
+    assert "With another image’s latents" not in (tmp_path / "report.html").read_text()
+
+
+def test_questions_without_a_partner_are_left_out_of_the_swaps(finished):
+    test = finished[3].rows("test")
+    lonely = [sample for sample in test if hops_of(sample) < 4] + [test[4]]
+    partners = sample_partners(lonely)
+    assert partners[-1] is None and None not in partners[:-1]
+    assert len(lonely) - 1 not in partners
+
+
 def test_starting_over_removes_only_its_own_files(tmp_path):
     own = ("arms/sft/config.json", "results/sft.json", "data/test.json", "metrics.json", "base-2-layers/config.json")
     for name in (*own, "visual_tokens-1-2.safetensors", "mine.txt"):
@@ -202,6 +247,11 @@ def test_a_curriculum_arm_trains_in_that_order(samples):
     assert settings.arm("filler_aligned", Path("m"), Path("o"), False).data.shuffle is True
 
 
+def test_a_curriculum_needs_a_question_to_start_with(samples):
+    with pytest.raises(ConfigError, match="expected questions without a hop"):
+        curriculum([sample for sample in samples if hops_of(sample)], 10, 2, seed=1)
+
+
 def test_accuracy_is_counted_by_hops_and_its_interval_knows_about_shared_images(samples):
     by_image = np.array([int(s.source.rpartition(":")[2]) <= 50 for s in samples])  # all questions of half the images
     assert [(row["hops"], row["correct"], row["n"]) for row in by_hops(by_image, samples)] == [
@@ -231,6 +281,18 @@ def test_validation_is_decoded_while_an_arm_trains(finished, tmp_path):
         ("task=two_hops", "task: expected one of"),
         ("decode_every=5", "needs validation questions"),
         ("workers=-1", "workers: expected at least 0"),
+        ("seed=-1", "seed: expected at least 0"),
+        ("data.train=0", "data.train: expected at least 1"),
+        ("data.test=0", "data.test: expected at least 1"),
+        ("data.questions_per_image=0", "data.questions_per_image: expected at least 1"),
+        ("arms=[1]", "arms: expected groups of settings by name"),
+        ("arms.stage1=3", "arms.stage1: expected a group of settings, got 3"),
+        ("arms.stage1.model=mine", "model cannot be set per arm"),
+        ("arms.stage1.rows=chain", "rows: chain is for stage sft, as it has no spans, got stage1"),
+        ("arms.chain.curriculum=maybe", "curriculum: expected true or false, got 'maybe'"),
+        ("arms.stage1.trainer.max_steps=0", "trainer.max_steps: expected a whole number of at least 1, got 0"),
+        ("arms.stage1.trainer.max_steps=few", "trainer.max_steps: expected a whole number"),
+        ("arms.a/b.stage=sft", "a name becomes a folder"),
         ("nonsense", "expected key=value"),
     ],
 )

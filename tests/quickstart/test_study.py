@@ -1,11 +1,13 @@
 import json
 import math
+import shutil
 import statistics
+import time
 import xml.etree.ElementTree as ET
 
 import pytest
 
-from vreflection.errors import ConfigError
+from vreflection.errors import ConfigError, DataError
 from vreflection.quickstart.settings import quickstart_values
 from vreflection.quickstart.study import (
     collect_rows,
@@ -16,6 +18,7 @@ from vreflection.quickstart.study import (
     run_study,
     seeds_study,
     sentences,
+    start_study_over,
     steps_per_hop,
     write_figures,
 )
@@ -49,7 +52,7 @@ def test_groups_share_data_and_every_run_is_a_raw_row(finished):
     table = (folder / "study.md").read_text().splitlines()
     assert table[0] == "| group | arm | steps | seeds | 0 hops | 1 hop | 2 hops | 3 hops | 4 hops |"
     assert any(line.startswith("| main | `stage2` | 2 | 2 | ") for line in table)
-    assert "| group | arm | steps | seeds | measured | 0 hops | 1 hops | 2 hops | 3 hops | 4 hops |" in table
+    assert "| group | arm | steps | seeds | measured | 0 hops | 1 hop | 2 hops | 3 hops | 4 hops |" in table
     assert sum("| stage2 |" in line for line in table) >= 5
 
 
@@ -75,6 +78,35 @@ def test_rows_from_another_machine_count_as_finished(finished, tmp_path):
     assert [path.name for path in sorted(tmp_path.glob("main/seed-0/arms/*"))] == ["stage1", "stage2"]
 
 
+def test_what_is_damaged_is_taken_from_the_rows_and_damaged_rows_are_named(finished, tmp_path):
+    folder, _ = finished
+    kept = [row for row in collect_rows(folder) if row["arm"] == "filler_aligned_x3"]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    result = tmp_path / "fairest" / "seed-0" / "results" / "filler_aligned_x3.json"
+    result.parent.mkdir(parents=True)
+    result.write_text('{"accuracy": ')
+    (tmp_path / "fairest" / "seed-old" / "results").mkdir(parents=True)
+    (tmp_path / "fairest" / "seed-old" / "results" / "mine.json").write_text("{}")
+    study = load_study(None, [*SMALL, "groups.fairest.seeds=[0]"], ["fairest"])
+    run_study(study, tmp_path, lambda *_: None)
+    assert collect_rows(tmp_path) == kept and not (tmp_path / "fairest" / "seed-0" / "arms").exists()
+    with (tmp_path / "rows.jsonl").open("a") as rows:
+        rows.write('{"group": \n')
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: expected a row of a study"):
+        run_study(study, tmp_path, lambda *_: None)
+
+
+def test_a_folder_holds_one_set_of_questions_until_it_is_started_over(finished, tmp_path):
+    folder = tmp_path / "study"
+    shutil.copytree(finished[0], folder)
+    (folder / "mine.txt").write_text("mine")
+    other = load_study(None, [*SMALL, "data.test=5"], ["main"])
+    with pytest.raises(ConfigError, match=r"holds a study of other questions \(test 4, not 5\)"):
+        run_study(other, folder, lambda *_: None)
+    start_study_over(folder)
+    assert [path.name for path in folder.rglob("*") if path.is_file()] == ["mine.txt"]
+
+
 def test_the_figures_and_what_the_report_shows_are_left_with_it(finished):
     folder, _ = finished
     shown = json.loads((folder / "published.json").read_text())
@@ -93,6 +125,9 @@ def test_seeds_of_any_settings_make_a_study():
     assert list(study.runs) == ["seeds/seed-3", "seeds/seed-5"]
     assert {settings.seed for settings in study.runs.values()} == {3, 5}
     assert all(list(settings.arms) == list(values["arms"]) for settings in study.runs.values())
+    for arms, message in ((None, "expected at least one arm"), ([1], "expected groups of settings by name")):
+        with pytest.raises(ConfigError, match=message):
+            seeds_study({**values, "arms": arms}, [3], where)
 
 
 def test_the_shipped_study_names_arms_that_exist_and_changes_what_it_says():
@@ -109,6 +144,7 @@ def test_the_shipped_study_names_arms_that_exist_and_changes_what_it_says():
         ([], ["mains"], "groups: expected some of main, .*got mains"),
         (["groups.main.arms=[stage9]"], None, r"groups.main: unknown arms \['stage9'\]"),
         (["groups.main.seed=[1]"], None, "unknown keys"),
+        (["groups=3"], None, "groups: expected groups of settings by name, got 3"),
         (["groups.main.seeds=[]"], ["main"], "expected at least one group with a seed"),
     ],
 )
@@ -194,3 +230,17 @@ def test_jobs_run_in_their_order_and_report(workers):
 def test_an_error_in_a_job_is_raised_here(workers):
     with pytest.raises(ValueError, match="unlucky"):
         run_jobs(times_ten, {"a": 13, "b": 2}, {"b": "a"}, workers, lambda *_: None)
+
+
+def sleep(seconds, on_progress):
+    time.sleep(seconds)
+
+
+def test_an_interrupt_waits_for_no_job():
+    def interrupt(name, result):
+        raise KeyboardInterrupt
+
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run_jobs(sleep, {"short": 0, "long": 120}, {}, 2, lambda *_: None, interrupt)
+    assert time.monotonic() - started < 60

@@ -140,6 +140,17 @@ def test_a_shipped_study_is_shown_as_such(metrics, images):
         assert phrase in page.words
 
 
+def test_a_study_without_steps_until_a_level_shows_its_other_figures(metrics, images):
+    points = [{"hops": h, "value": 0.9, "low": 0.88, "high": 0.93} for h in range(3)]
+    metrics["study"] = {
+        "created": "2025-02-03", "command": "vreflection quickstart --study", "seeds": 1, "guess_in_image": 0.25,
+        "arms": [{"label": "Latents", "style": "s0", "by_hops": points}], "depth": [],
+        "steps": {"level": 0.8, "series": []}, "sentences": ["It says so."],
+    }  # fmt: skip
+    page = Page(render_report(metrics, images))
+    assert "It says so." in page.words and "Training steps until" not in page.words
+
+
 def test_hostile_text_stays_text(metrics, images):
     attack = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'"
     metrics["examples"][0] |= {"question": attack, "id": attack, "predicted": attack, "predicted_swapped": attack}

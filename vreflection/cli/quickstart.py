@@ -12,7 +12,7 @@ import typer
 def command(
     out: Annotated[
         Path | None,
-        typer.Option(help="folder for data, checkpoints and results; default: runs/quickstart or runs/study"),
+        typer.Option(help="for data, checkpoints and results; default: runs/quickstart, runs/seeds or runs/study"),
     ] = None,
     task: Annotated[
         str | None, typer.Option(help="follow_the_notes (default) or one_hop, where one look is enough")
@@ -41,13 +41,15 @@ def command(
     quiet_host_library()
     if groups is not None and not study:
         raise ConfigError("--groups: names groups of the study; add --study, or leave it out")
-    if study and (task is not None or seeds is not None or from_scratch):
-        raise ConfigError("--study: has its own task and seeds; leave --task, --seeds and --from-scratch out")
+    if study and (task is not None or seeds is not None):
+        raise ConfigError("--study: has its own task and seeds; leave --task and --seeds out")
+    if from_scratch and (study or seeds is not None):
+        raise ConfigError("--from-scratch: is for a single run; leave it out, or --study and --seeds")
     if seeds is not None or study:
-        run_several(out or Path("runs/study"), task, config, list(set_ or []), seeds, groups, fresh, as_json)
+        run_several(out, task, config, list(set_ or []), seeds, groups, fresh, as_json)
         return
     settings = load_quickstart(config, list(set_ or []), task)
-    out = out or Path("runs/quickstart" if settings.task == "follow_the_notes" else f"runs/quickstart-{settings.task}")
+    out = out or default_folder("quickstart", settings.task)
     if fresh:
         start_over(out)
     run = Quickstart(settings, out, _ignore, from_scratch)
@@ -62,15 +64,18 @@ def command(
     typer.echo(f"\nreport:  {out / 'report.html'}\nnumbers: {out / 'metrics.json'}")
 
 
+def default_folder(name: str, task: str) -> Path:
+    return Path("runs", name if task == "follow_the_notes" else f"{name}-{task}")
+
+
 def run_several(
-    out: Path, task: str | None, config: Path | None, overrides: list[str], seeds: str | None, groups: str | None,
-    fresh: bool, as_json: bool,
+    out: Path | None, task: str | None, config: Path | None, overrides: list[str], seeds: str | None,
+    groups: str | None, fresh: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """A study of the shipped groups, or of every arm over some seeds."""
     from ..errors import ConfigError
-    from ..quickstart.run import start_over
     from ..quickstart.settings import quickstart_values
-    from ..quickstart.study import load_study, phases, run_study, seeds_study
+    from ..quickstart.study import load_study, phases, run_study, seeds_study, start_study_over
     from .progress import PhaseBars
 
     if seeds is None:
@@ -80,10 +85,14 @@ def run_several(
             numbers = [int(seed) for seed in seeds.split(",")]
         except ValueError as error:
             raise ConfigError(f"--seeds: expected numbers separated by commas, got {seeds!r}") from error
+        if min(numbers) < 0 or len(set(numbers)) < len(numbers):
+            raise ConfigError(f"--seeds: expected different numbers from 0 on, got {seeds!r}")
         values, where = quickstart_values(config, overrides, task)
         study = seeds_study(values, numbers, where)
+    some = next(iter(study.runs.values()))
+    out = out or default_folder("study" if seeds is None else "seeds", some.task)
     if fresh:
-        start_over(out)
+        start_study_over(out)
     with PhaseBars(phases(study, out), "study", as_json) as bars:
         result = run_study(study, out, bars.update)
     typer.echo(json.dumps(result) if as_json else (out / "study.md").read_text())

@@ -38,15 +38,20 @@ def partners_of(
     return partners
 
 
+def sample_partners(samples: Sequence[Sample]) -> list[int | None]:
+    """`partners_of` samples. Who has a partner is also one, so leaving out those without leaves nobody else alone."""
+    answers = [expected_answer(sample) for sample in samples]
+    images = ["|".join(map(str, sample.image_paths)) for sample in samples]
+    return partners_of(answers, images, [len(sample.boxes) for sample in samples])
+
+
 def swap_partners(samples: Sequence[Sample]) -> list[int]:
     """For each question another one with another answer, on another image, with as many boxes; cyclically.
 
     Raises:
-        ValueError: some question has none; `partners_of` leaves it out instead.
+        ValueError: some question has none; `sample_partners` says which.
     """
-    answers = [expected_answer(sample) for sample in samples]
-    images = ["|".join(map(str, sample.image_paths)) for sample in samples]
-    partners = partners_of(answers, images, [len(sample.boxes) for sample in samples])
+    partners = sample_partners(samples)
     if None in partners:
         alone = samples[partners.index(None)]
         raise ValueError(

@@ -20,12 +20,14 @@ from transformers import TrainerCallback
 from ..data.atomic import atomic_write
 from ..data.encode import ImageTokens
 from ..data.visual_cot import Sample, read_visual_cot
+from ..errors import ConfigError
 from ..evaluation.latents import (
     cosine_to_teacher,
     free_running_maps,
     grounding,
     hop_grounding,
     partners_latents,
+    sample_partners,
     swap_partners,
 )
 from ..evaluation.questions import Decoded, TeacherForced, decode_answers, expected_answer, teacher_forced
@@ -86,10 +88,8 @@ class Arm:
     def finished(self) -> dict[str, Any] | None:
         """The result of an earlier run with the same settings."""
         checkpoint = (self.output / "config.json").exists() or not self.keep_checkpoint
-        if not (self.result_file.exists() and checkpoint):
-            return None
-        result = json.loads(self.result_file.read_text())
-        return result if result["fingerprint"] == self.fingerprint else None
+        result = read_json(self.result_file) if checkpoint else None
+        return result if result is not None and result.get("fingerprint") == self.fingerprint else None
 
     def rows(self, file: str) -> list[Sample]:
         return read_visual_cot(self.data / f"{file}.json", self.data / "images", "raise")[0]
@@ -128,6 +128,15 @@ def do_arm(arm: Arm, on_progress: Progress) -> dict[str, Any]:
     with atomic_write(arm.result_file) as file:
         file.write(json.dumps(result, indent=1).encode())
     return result
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file; None where there is no file, or a damaged one."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def file_hash(path: Path) -> str:
@@ -170,6 +179,8 @@ def curriculum(samples: Sequence[Sample], steps: int, batch: int, seed: int) -> 
     rng = np.random.default_rng([seed, 15])
     hops = np.array([hops_of(sample) for sample in samples])
     order: list[Sample] = []
+    if hops.min() > 0:
+        raise ConfigError("curriculum: expected questions without a hop to start with, got none; raise data.train")
     for step in range(steps):
         progress = step / steps
         limit = 0 if progress < FIRST_HOP else 1 + int((progress - FIRST_HOP) / FURTHER_HOP)
@@ -249,9 +260,14 @@ def measure_arm(arm: Arm, result: TrainResult, cache: Cache) -> dict[str, Any]:
 
 
 def measure_latents(model, processor, decoded: Decoded, test: Sequence[Sample], cache: Cache, images: int):
-    """What the latents do and hold. Interventions and teacher forcing on the questions of the first `images` images."""
+    """What the latents do and hold.
+
+    Interventions and teacher forcing on those questions of the first `images` images whose latents can be swapped.
+    """
     kept = list(dict.fromkeys(sample.image_paths[0] for sample in test))[:images]
     part = [place for place, sample in enumerate(test) if sample.image_paths[0] in set(kept)]
+    partners = sample_partners([test[place] for place in part])
+    part = [place for place, partner in zip(part, partners) if partner is not None]
     questions, latents = [test[place] for place in part], [decoded.latents[place] for place in part]
     closed = [closed for closed, spans in zip(decoded.closed, decoded.spans) if spans]
     measured: dict[str, Any] = {"lvr_end_rate": float(np.mean(closed)) if closed else None}
@@ -359,10 +375,11 @@ def examples(model, processor, test: Sequence[Sample], cache: Cache, count: int)
     decoded = decode()
     # Latents of another image of the same number of hops; from all questions, as a few may have no partner.
     pool = [*shown, *(s for s in test if s not in shown)][: 16 * max(count, 1)]
-    partners = swap_partners(pool)[: len(shown)]
-    others = [pool[partner] for partner in partners]
-    theirs = decode_answers(model, processor, others, cache, max_new_tokens=MAX_NEW_TOKENS)
-    swapped = decode(latents=partners_latents(theirs, range(len(shown))))
+    partners = sample_partners(pool)[: len(shown)]
+    others = {place: pool[partner] for place, partner in enumerate(partners) if partner is not None}
+    theirs = decode_answers(model, processor, list(others.values()), cache, max_new_tokens=MAX_NEW_TOKENS)
+    number = {place: index for index, place in enumerate(others)}
+    swapped = decode(latents=partners_latents(theirs, [number.get(place) for place in range(len(shown))]))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="decoding with 0 latent steps")
         removed = decode(latent_steps=0, allow_other_latent_steps=True)
@@ -379,8 +396,8 @@ def examples(model, processor, test: Sequence[Sample], cache: Cache, count: int)
                 "expected": expected_answer(sample),
                 "predicted": decoded.answers[place] or decoded.texts[place],
                 "correct": decoded.answers[place] == expected_answer(sample),
-                "predicted_swapped": swapped.answers[place] or "no answer",
-                "partner_answer": expected_answer(others[place]),
+                "predicted_swapped": (swapped.answers[place] or "no answer") if place in others else None,
+                "partner_answer": expected_answer(others[place]) if place in others else None,
                 "predicted_removed": removed.answers[place] or "no answer",
                 "boxes": boxes,
                 "image": sample.image_paths[0],

@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from .._version import __version__
 from ..data.atomic import atomic_write
 from ..data.images import open_image
 from ..data.visual_cot import Sample, read_visual_cot
+from ..errors import ConfigError
 from ..model.modeling import VReflectionForConditionalGeneration
 from ..model.processor import VReflectionProcessor
 from ..visualization.report import write_report
-from .arms import Arm, do_arm, examples, file_hash, image_tokens
+from .arms import Arm, do_arm, examples, file_hash, image_tokens, read_json
 from .base import base_dir
 from .batched_vision import vision_features
 from .photos import attributions
@@ -36,6 +39,7 @@ from .workers import run_jobs
 
 Progress = Callable[[str, int, int], None]
 FEATURE_BATCH = 32
+STAMP = "written.json"  # in the data folder, last: which data set it holds
 # Seconds on one core, for the length of progress bars only.
 EXPECTED = {"pre-training": 900.0, "data": 10.0, "visual tokens": 20.0, "report": 12.0}
 SHIPPED_LAYERS = 4
@@ -58,6 +62,7 @@ class Quickstart:
     from_scratch: bool = False
     shared_folder: Path | None = None
     timings: dict[str, float] = field(default_factory=dict)
+    features: Path = field(init=False)  # file of the visual tokens, once they are there
 
     def phases(self) -> list[tuple[str, float]]:
         """Phases and their expected seconds, for an overall progress bar."""
@@ -89,14 +94,14 @@ class Quickstart:
 
     def run_arms(self) -> dict[str, Any]:
         """Train and measure every arm that is not done; results by name."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         base = self.base_model()
         if base is not None:
             with self.timed("pre-training"):
                 train_base(base, self.on_progress)
         self.prepare_data()
-        features = self.prepare_visual_tokens()
-        jobs = {name: self.job(name, features) for name in self.settings.arms}
+        self.features = self.prepare_visual_tokens()
+        jobs = {name: self.job(name, self.features) for name in self.settings.arms}
         after = {name: self.settings.start_of(name) for name in jobs}
         results = run_jobs(do_arm, jobs, after, self.settings.worker_count, self.on_progress)
         for result in results.values():
@@ -129,10 +134,10 @@ class Quickstart:
         data = self.settings.data
         sizes = {name: getattr(data, name) for name in ("train", "validation", "test")}
         sizes = {name: count for name, count in sizes.items() if count}
-        written = {"task": self.settings.task, "version": __version__, **asdict(data)}
-        stamp = self.data / "written.json"
+        written = {**self.settings.data_set, "version": __version__}
+        stamp = self.data / STAMP
         with self.timed("data"):
-            if not stamp.exists() or json.loads(stamp.read_text()) != written:
+            if read_json(stamp) != written or not all((self.data / f"{split}.json").exists() for split in sizes):
                 stamp.unlink(missing_ok=True)
                 total, done = sum(sizes.values()), 0
                 for split, count in sizes.items():
@@ -151,14 +156,14 @@ class Quickstart:
     def prepare_visual_tokens(self) -> Path:
         """File of the visual tokens of every image: the vision tower is frozen throughout.
 
-        Bases of other depths have the shipped one's tower.
+        Its name says which data set and which tower; bases of other depths have the shipped one's tower.
         """
         base = self.base if self.from_scratch else base_dir()
         model = VReflectionForConditionalGeneration.from_pretrained(base, dtype=torch.float32).eval()
-        visual, stamp = model.model.visual, file_hash(self.data / "written.json")
+        visual, stamp = model.model.visual, file_hash(self.data / STAMP)
         tower = hashlib.sha256(b"".join(t.numpy().tobytes() for t in visual.state_dict().values())).hexdigest()
         target = self.shared / f"visual_tokens-{stamp[:8]}-{tower[:8]}.safetensors"
-        if target.exists():
+        if is_safetensors(target):
             self.on_progress("visual tokens", 1, 1)
             return target
         processor = VReflectionProcessor.from_pretrained(base, None, None)
@@ -182,8 +187,7 @@ class Quickstart:
         folder = self.folder / "arms" / REPORTED_ARM
         model = VReflectionForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
         processor = VReflectionProcessor.from_pretrained(folder, None, None)
-        cache = image_tokens(next(self.shared.glob("visual_tokens-*.safetensors")), self.data)
-        return examples(model, processor, test, cache, self.settings.examples)
+        return examples(model, processor, test, image_tokens(self.features, self.data), self.settings.examples)
 
     def publish(self, results: dict[str, Any], shown: list[dict[str, Any]], test: list[Sample]) -> dict[str, Any]:
         metrics = build_metrics(self.settings, results, shown, test, self.timings, environment(), attributions())
@@ -253,8 +257,28 @@ def write_json(path: Path, value: Any) -> None:
         file.write(json.dumps(value, indent=1).encode())
 
 
+def make_folder(folder: Path) -> None:
+    """Make the folder of a run, or say which one to choose instead."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out: expected a folder that can be made, got {folder} ({error.strerror})") from error
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f"--out: expected a folder that can be written to, got {folder}; choose another")
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether a whole file of tensors is there."""
+    try:
+        with safe_open(path, "pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
+
+
 def start_over(folder: Path) -> None:
     """Remove what earlier runs left in `folder`: only what the quickstart itself writes there."""
+    make_folder(folder)
     for name in ("data", "arms", "results", "base"):
         shutil.rmtree(folder / name, ignore_errors=True)
     for name in ("metrics.json", "report.html"):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 import os
-from dataclasses import dataclass, field
+import re
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,20 @@ FILES = {"follow_the_notes": "quickstart.yaml", "one_hop": "quickstart_one_hop.y
 REPORTED_ARM = "stage2"  # its checkpoint is decoded for the report's pictures
 ROWS = ("latent", "chain")  # answers with latent spans, or spelled out in words
 ARM_KEYS = ("start", "rows", "curriculum")
+OWN_KEYS = ("model", "output", "seed")  # of an arm's training settings, decided by the run
+LEAST = {
+    "seed": 0,
+    "layers": 1,
+    "examples": 0,
+    "interventions": 0,
+    "decode_every": 0,
+    "workers": 0,
+    "data.train": 1,
+    "data.validation": 0,
+    "data.test": 1,
+    "data.seed": 0,
+    "data.questions_per_image": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -63,6 +79,11 @@ class QuickstartSettings:
         return task_named(self.task)
 
     @property
+    def data_set(self) -> dict[str, Any]:
+        """What decides the images and the questions."""
+        return {"task": self.task, **asdict(self.data)}
+
+    @property
     def worker_count(self) -> int:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         return self.workers or max(1, min(2, cores))
@@ -75,10 +96,10 @@ class QuickstartSettings:
         return self.arms[name].get("rows", "latent")
 
     def has_curriculum(self, name: str) -> bool:
-        return bool(self.arms[name].get("curriculum", False))
+        return self.arms[name].get("curriculum", False)
 
     def steps_of(self, name: str) -> int:
-        return int(merge(self.shared, self.arms[name]).get("trainer", {}).get("max_steps", 0))
+        return (merge(self.shared, self.arms[name]).get("trainer") or {}).get("max_steps", 0)
 
     def total_steps(self, name: str) -> int:
         """Steps from the base model on, earlier arms included."""
@@ -135,12 +156,14 @@ def quickstart_values(path: Path | None, overrides: list[str], task: str | None)
 
 def quickstart_settings(values: dict[str, Any], where: str) -> QuickstartSettings:
     """Checked settings from plain values; see `load_quickstart`."""
-    values = {**values, "arms": {name: arm for name, arm in (values.get("arms") or {}).items() if arm is not None}}
+    arms = check_groups(values.get("arms"), f"{where}: arms")
+    values = {**values, "arms": {name: arm for name, arm in arms.items() if arm is not None}}
     settings: QuickstartSettings = convert(QuickstartSettings, values, where)
     check_choice("task", settings.task, tuple(TASKS))
-    for name, least in (("layers", 1), ("examples", 0), ("interventions", 0), ("decode_every", 0), ("workers", 0)):
-        if getattr(settings, name) < least:
-            raise ConfigError(f"{name}: expected at least {least}, got {getattr(settings, name)}")
+    for name, least in LEAST.items():
+        value = operator.attrgetter(name)(settings)
+        if value < least:
+            raise ConfigError(f"{name}: expected at least {least}, got {value}")
     if settings.decode_every and not settings.data.validation:
         raise ConfigError("decode_every: needs validation questions; --set data.validation=64")
     earlier = {"base"}
@@ -148,8 +171,37 @@ def quickstart_settings(values: dict[str, Any], where: str) -> QuickstartSetting
         if settings.start_of(name) not in earlier:
             raise ConfigError(f"arms.{name}: start must be 'base' or an earlier arm, got {settings.start_of(name)!r}")
         earlier.add(name)
-        check_choice(f"arms.{name}: rows", settings.rows_of(name), ROWS)
-        settings.arm(name, Path("model"), Path("output"), bf16=False)
+        check_arm(settings, name)
     if not settings.arms:
         raise ConfigError(f"{where}: expected at least one arm, got none")
     return settings
+
+
+def check_groups(values: Any, where: str) -> dict[str, Any]:
+    """`values` if it is a mapping of groups of settings, some of them null; an empty one for null."""
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where}: expected groups of settings by name, got {values!r}")
+    for name, group in values.items():
+        if group is not None and not isinstance(group, dict):
+            raise ConfigError(f"{where}.{name}: expected a group of settings, got {group!r}")
+    return values
+
+
+def check_arm(settings: QuickstartSettings, name: str) -> None:
+    if not re.fullmatch(r"\w[\w.-]*", str(name)):
+        raise ConfigError(f"arms: a name becomes a folder, expected letters, digits, '_', '-' and '.', got {name!r}")
+    arm = settings.arms[name]
+    decided = [key for key in OWN_KEYS if key in arm]
+    if decided:
+        raise ConfigError(f"arms.{name}: {', '.join(decided)} cannot be set per arm; leave out what the run decides")
+    check_choice(f"arms.{name}: rows", settings.rows_of(name), ROWS)
+    if not isinstance(settings.has_curriculum(name), bool):
+        raise ConfigError(f"arms.{name}: curriculum: expected true or false, got {settings.has_curriculum(name)!r}")
+    steps = settings.steps_of(name)
+    if not isinstance(steps, int) or steps < 1:
+        raise ConfigError(f"arms.{name}: trainer.max_steps: expected a whole number of at least 1, got {steps!r}")
+    stage = settings.arm(name, Path("model"), Path("output"), bf16=False).stage
+    if settings.rows_of(name) == "chain" and stage != "sft":
+        raise ConfigError(f"arms.{name}: rows: chain is for stage sft, as it has no spans, got {stage}; use latent")

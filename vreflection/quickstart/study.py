@@ -10,19 +10,20 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 from ..data.atomic import atomic_write
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError
 from ..training.config import apply_override, config_file, merge, read_values
 from ..training.values import convert
-from ..visualization.hop_charts import hops_chart, standalone, steps_chart, steps_to_reach
-from .arms import Arm, do_arm
-from .run import BaseModel, Quickstart, environment, train_base, write_json
-from .settings import QuickstartSettings, quickstart_settings
+from ..visualization.hop_charts import hops_chart, hops_text, standalone, steps_chart, steps_to_reach
+from .arms import Arm, do_arm, read_json
+from .run import STAMP, BaseModel, Quickstart, environment, make_folder, start_over, train_base, write_json
+from .settings import QuickstartSettings, check_groups, quickstart_settings
 from .summary import guess_in_image
 from .tasks import task_named
 from .workers import run_jobs
@@ -30,6 +31,7 @@ from .workers import run_jobs
 Progress = Callable[[str, int, int], None]
 STUDY_FILE = "quickstart_study.yaml"
 ROWS_FILE = "rows.jsonl"
+STUDY_FILES = (ROWS_FILE, "study.json", "study.md", "published.json")
 LEVEL = 0.8  # of validation questions, for the steps that a hop costs
 
 
@@ -70,7 +72,8 @@ def load_study(path: Path | None = None, overrides: Sequence[str] = (), only: It
         apply_override(values, override)
     groups = {
         name: convert(Group, group, f"{path}: groups.{name}")
-        for name, group in (values.pop("groups", None) or {}).items()
+        for name, group in check_groups(values.pop("groups", None), f"{path}: groups").items()
+        if group is not None
     }
     if only is not None:
         wanted = list(only)
@@ -83,7 +86,8 @@ def load_study(path: Path | None = None, overrides: Sequence[str] = (), only: It
 
 def seeds_study(settings_values: Mapping[str, Any], seeds: Sequence[int], where: str) -> Study:
     """Every arm of a settings file over some seeds."""
-    groups = {"seeds": Group(list(seeds), list(settings_values["arms"]))}
+    arms = check_groups(settings_values.get("arms"), f"{where}: arms")
+    groups = {"seeds": Group(list(seeds), [name for name, arm in arms.items() if arm is not None])}
     return Study(study_runs(dict(settings_values), groups, where), groups)
 
 
@@ -91,10 +95,11 @@ def study_runs(values: dict[str, Any], groups: Mapping[str, Group], where: str) 
     bodies = {}
     for name, group in groups.items():
         changed = merge(values, group.change)
-        missing = [arm for arm in group.arms if arm not in changed["arms"]]
+        arms = check_groups(changed.get("arms"), f"{where}: arms")
+        missing = [arm for arm in group.arms if arm not in arms]
         if missing:
-            raise ConfigError(f"{where}: groups.{name}: unknown arms {missing}; known: {list(changed['arms'])}")
-        changed["arms"] = {arm: changed["arms"][arm] for arm in changed["arms"] if arm in group.arms}
+            raise ConfigError(f"{where}: groups.{name}: unknown arms {missing}; known: {list(arms)}")
+        changed["arms"] = {arm: arms[arm] for arm in arms if arm in group.arms}
         bodies[name] = changed
     # Seed by seed, so that a study that is cut short has something of every group.
     runs = {
@@ -132,6 +137,8 @@ def run_study(study: Study, folder: Path, on_progress: Progress) -> dict[str, An
     Rows of groups that ran earlier in the same folder and are not part of this call stay in. A `rows.jsonl` alone, such
     as one kept from another machine, counts as finished arms too.
     """
+    make_folder(folder)
+    check_data_set(folder, study)
     restore_results(folder)
     runs = {
         name: Quickstart(settings, folder / name, on_progress, shared_folder=folder)
@@ -162,6 +169,31 @@ def run_study(study: Study, folder: Path, on_progress: Progress) -> dict[str, An
     return publish(folder)
 
 
+def check_data_set(folder: Path, study: Study) -> None:
+    """All rows of a study are about the same questions."""
+    wanted = next(iter(study.runs.values())).data_set
+    present = read_json(folder / "data" / STAMP)
+    differing = [key for key, value in wanted.items() if present is not None and present.get(key) != value]
+    if present is not None and differing:
+        words = ", ".join(f"{key} {present.get(key)}, not {wanted[key]}" for key in differing)
+        raise ConfigError(f"--out: {folder} holds a study of other questions ({words}); choose another, or add --fresh")
+
+
+def start_study_over(folder: Path) -> None:
+    """Remove what earlier studies left in `folder`: only what a study itself writes there."""
+    start_over(folder)
+    for run in folder.glob("*/seed-*"):
+        start_over(run)
+        for empty in (run, run.parent):
+            with suppress(OSError):  # holds something else
+                empty.rmdir()
+    for name in STUDY_FILES:
+        (folder / name).unlink(missing_ok=True)
+    for figure in FIGURES:
+        for file in (folder / "figures").glob(f"{figure}.svg"):
+            file.unlink()
+
+
 def arm_job(run: Quickstart, name: str, features: Path, prefix: str) -> Arm:
     """An arm of a study: its checkpoint is needed only by arms that are not finished."""
     followers = [other for other in run.settings.arms if run.settings.start_of(other) == name]
@@ -173,11 +205,16 @@ def restore_results(folder: Path) -> None:
     """Result files from the rows of an earlier study, where they are missing."""
     if not (folder / ROWS_FILE).exists():
         return
-    for line in (folder / ROWS_FILE).read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        group, seed, arm = (row.pop(key) for key in ("group", "seed", "arm"))
+    for number, line in enumerate((folder / ROWS_FILE).read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+            group, seed, arm = (row.pop(key) for key in ("group", "seed", "arm"))
+        except (ValueError, AttributeError, KeyError, TypeError) as error:
+            source = f"{folder / ROWS_FILE}:{number}"
+            told = "expected a row of a study as JSON, got something else; remove the line and its arm is trained again"
+            raise DataError("row", told, source) from error
         file = folder / group / f"seed-{seed}" / "results" / f"{arm}.json"
-        if not file.exists():
+        if read_json(file) is None:
             write_json(file, row)
 
 
@@ -198,13 +235,16 @@ def publish(folder: Path) -> dict[str, Any]:
 
 
 def collect_rows(folder: Path) -> list[dict[str, Any]]:
-    """One raw row per finished arm: `<group>/seed-<n>/results/<arm>.json` without its loss curve."""
+    """One raw row per finished arm: `<group>/seed-<n>/results/<arm>.json` without its loss curve.
+
+    Damaged files are left out: their arms are not finished.
+    """
     rows = []
     for file in sorted(folder.glob("*/seed-*/results/*.json")):
-        result = json.loads(file.read_text())
-        result.pop("curve", None)
-        group, seed = file.parts[-4], int(file.parts[-3].removeprefix("seed-"))
-        rows.append({"group": group, "seed": seed, "arm": file.stem, **result})
+        result, seed = read_json(file), file.parts[-3].removeprefix("seed-")
+        if result is not None and seed.isdecimal():
+            result.pop("curve", None)
+            rows.append({"group": file.parts[-4], "seed": int(seed), "arm": file.stem, **result})
     return sorted(rows, key=lambda row: (row["group"], row["arm"], row["seed"]))
 
 
@@ -265,7 +305,7 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def accuracy_table(summary: Sequence[Mapping[str, Any]]) -> str:
     """Accuracy by hops of every group and arm as a Markdown table: mean over seeds ± standard deviation."""
     hops = [point["hops"] for point in summary[0]["accuracy"]]
-    head = ["group", "arm", "steps", "seeds", *(f"{count} hop{'' if count == 1 else 's'}" for count in hops)]
+    head = ["group", "arm", "steps", "seeds", *map(hops_text, hops)]
     lines = [head, ["---"] * len(head)]
     for entry in summary:
         cells = [f"{p['value']:.2f}" + ("" if p["sd"] is None else f" ± {p['sd']:.2f}") for p in entry["accuracy"]]
@@ -276,7 +316,7 @@ def accuracy_table(summary: Sequence[Mapping[str, Any]]) -> str:
 def table(summary: Sequence[Mapping[str, Any]]) -> str:
     """Everything measured, with means over seeds, standard deviations and intervals, as a Markdown table."""
     hops = sorted({point["hops"] for entry in summary for point in entry["accuracy"]})
-    head = ["group", "arm", "steps", "seeds", "measured", *(f"{count} hops" for count in hops)]
+    head = ["group", "arm", "steps", "seeds", "measured", *map(hops_text, hops)]
     lines = [head, ["---"] * len(head)]
     for entry in summary:
         for key in (*KEYS, "looks"):
@@ -309,6 +349,7 @@ MAIN_LINES = (
     ("Filler, hops one by one", "curricula", "filler_curriculum_x3", "s7"),
 )
 DEPTHS = {2: ("layers_2", "layers_2"), 4: ("main", "fairest"), 8: ("layers_8", "layers_8")}
+FIGURES = ("accuracy-over-hops", "steps-per-hop", "depth-*")
 STEP_LINES = (
     ("With feedback", "main", "stage1", "s0"),
     ("Without feedback", "long", "filler_aligned_long", "s1"),

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..data.boxes import box_mask
 from ..data.visual_cot import Sample
+from ..visualization.hop_charts import hops_text
 from .settings import REPORTED_ARM, QuickstartSettings
 from .tasks import Task
 
@@ -213,16 +214,15 @@ def control_sentences(task: Task, latent: Mapping[str, Any], results: Mapping[st
         better = [own["hops"] for own, other in pairs if compare(own, other) == "higher than"]
         worse = [own["hops"] for own, other in pairs if compare(own, other) == "lower than"]
         shares = ", ".join(f"{100 * row['value']:.0f}" for row in control["accuracy_by_hops"])
+        over = f"0 to {hops_text(task.hops[-1])}"
         verdict = f"latents are higher at {hop_list(better)}" if better else "latents are nowhere clearly higher"
         verdict += f", lower at {hop_list(worse)}" if worse else ""
-        sentences.append(
-            f"{label_of(name)} ({control['total_steps']} steps): {shares} % at 0 to {task.hops[-1]} hops; {verdict}."
-        )
+        sentences.append(f"{label_of(name)} ({control['total_steps']} steps): {shares} % at {over}; {verdict}.")
     return sentences
 
 
 def hop_list(hops: Sequence[int]) -> str:
-    return ("hop " if hops == [1] else "hops ") + ", ".join(map(str, hops))
+    return ", ".join([*map(str, hops[:-1]), hops_text(hops[-1])])
 
 
 def causal(latent: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from multiprocessing import get_context, parent_process
+from multiprocessing import active_children, get_context, parent_process
 from typing import Any
 
 Progress = Callable[[str, int, int], None]
@@ -32,7 +32,7 @@ def run_jobs(
         work: a function that a new process can import. on_result: called here with the name and result of each job.
 
     Raises:
-        whatever a job raises; jobs under way are waited for, no other is begun.
+        whatever a job raises; jobs under way are waited for, no other is begun. A KeyboardInterrupt waits for nothing.
     """
     order = sorted(jobs, key=lambda name: (not any(other == name for other in after.values()), list(jobs).index(name)))
     if workers == 1:
@@ -47,6 +47,7 @@ def run_jobs(
     reader = threading.Thread(target=_forward, args=(queue, on_progress), daemon=True)
     reader.start()
     results, running = {}, {}
+    others = active_children()
     pool = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(queue,))
     try:
         while len(results) < len(jobs):
@@ -59,6 +60,11 @@ def run_jobs(
                 name = running.pop(future)
                 results[name] = future.result()
                 _tell(on_result, name, results[name])
+    except KeyboardInterrupt:
+        for worker in active_children():
+            if worker not in others:
+                worker.terminate()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
         queue.put(None)

@@ -62,7 +62,7 @@ def hops_chart(
         shares = ", ".join(percent(p["value"], 0) for p in one["by_hops"])
         words.append(f"{one['label']}: {shares}")
     names = _end_labels(ends, right, top, bottom) if labels else ""
-    over = f"at {hops[0]} to {hops[-1]} hops" if len(hops) > 1 else f"at {hops[0]} hops"
+    over = f"at {hops[0]} to {hops_text(hops[-1])}" if len(hops) > 1 else f"at {hops_text(hops[0])}"
     heading, roles = described(
         ident, title, f"Accuracy {over}. {'; '.join(words)}. Naming any digit of the image: {percent(guess, 0)}."
     )
@@ -122,7 +122,7 @@ def steps_chart(
     parts.append(_tick("training steps (logarithmic)", (left + right) / 2, height - 6))
     for row, count in enumerate(hops):
         middle = top + band * (row + 0.5)
-        parts.append(_tick(f"{count} hop{'' if count == 1 else 's'}", left - 12, middle + 4, "end"))
+        parts.append(_tick(hops_text(count), left - 12, middle + 4, "end"))
         for place, one in enumerate(series):
             at = middle + (place - (len(series) - 1) / 2) * min(18, band / max(len(series), 1))
             entry = next((entry for entry in one["steps"] if entry["hops"] == count), None)
@@ -133,12 +133,12 @@ def steps_chart(
             parts.append(tag("line", class_=style, x1=left, x2=_n(x(end)), y1=_n(at), y2=_n(at)))
             if entry["reached"]:
                 parts.append(tag("circle", class_=f"{style} mark", cx=_n(x(end)), cy=_n(at), r=4))
-                words.append(f"{one['label']}, {count} hops: {end} steps")
+                words.append(f"{one['label']}, {hops_text(count)}: {end} steps")
             else:
                 tip = f"{_n(x(end))},{_n(at - 5)} {_n(x(end) + 9)},{_n(at)} {_n(x(end))},{_n(at + 5)}"
                 parts.append(tag("polyline", class_=f"{style} open", points=tip))
                 parts.append(text("not reached", x=_n(x(end) + 14), y=_n(at + 4), class_="quiet tick"))
-                words.append(f"{one['label']}, {count} hops: not reached in {end} steps")
+                words.append(f"{one['label']}, {hops_text(count)}: not reached in {end} steps")
     for place, one in enumerate(series):
         at = top + 14 + 22 * place
         parts.append(tag("line", class_=one["style"], x1=right + 62, x2=right + 86, y1=at, y2=at))
@@ -161,6 +161,10 @@ def steps_to_reach(points: Sequence[Mapping[str, Any]], hops: int, level: float)
         elif reached is None:
             reached = int(point["step"])
     return reached
+
+
+def hops_text(count: int) -> str:
+    return f"{count} hop" if count == 1 else f"{count} hops"
 
 
 def standalone(drawing: str) -> str:

@@ -88,7 +88,8 @@ def _study(study: Mapping[str, Any] | None) -> dict[str, Any] | None:
         )
         for i, panel in enumerate(study["depth"])
     ]
-    steps = steps_chart(study["steps"]["series"], study["steps"]["level"], "steps", "Steps that a hop costs")
+    series, level = study["steps"]["series"], study["steps"]["level"]
+    steps = steps_chart(series, level, "steps", "Steps that a hop costs") if series else ""
     return {"data": study, "main": main, "depth": depth, "steps": steps}
 
 
