@@ -452,6 +452,13 @@ def test_forced_answers_replay_each_span_with_its_own_latents(chains):
     assert given.latents.tolist() == [[0, 1], [2, 3], [4, 5], [6, 7], [0, 1]]
 
 
+def test_a_span_that_no_answer_reaches_is_refused(chains, tmp_path):
+    model, _, _ = chains
+    interventions = chosen_interventions(["zero_span_99"], None, model.config)
+    with pytest.raises(ConfigError, match="zero_span_99 would change nothing: no answer has more than"):
+        ablate(chains, tmp_path, interventions, force=True).run()
+
+
 def test_swap_without_any_partner_is_refused_and_lonely_questions_stay_as_they_are(chains, tmp_path):
     model, processor, questions = chains
     same = [replace(question, gold="0") for question in questions]

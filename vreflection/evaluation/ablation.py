@@ -87,6 +87,7 @@ class Ablation:
             own += rows
             latents += [tensors.get(str(place)) for place in range(len(rows))]
             self._tell(OWN, len(own))
+        self._check_spans(latents)
         partners = self._partners(latents)
         changed: list[dict[str, Any]] = []
         for chunk, name in self._chunks("changed"):
@@ -96,6 +97,16 @@ class Ablation:
             )[0]
             self._tell("interventions", len(changed))
         return own, changed, latents
+
+    def _check_spans(self, latents: Sequence[torch.Tensor | None]) -> None:
+        """Refuse to change a span that no answer has: its table row would read as a change without effect."""
+        most = max((len(z) for z in latents if z is not None), default=0)
+        beyond = [one.name for one in self.interventions if one.span is not None and 0 < most < one.span]
+        if beyond:
+            raise ConfigError(
+                f"interventions: {', '.join(beyond)} would change nothing: no answer has more than {most} spans; "
+                "leave them out, or ask other questions"
+            )
 
     def _partners(self, latents: Sequence[torch.Tensor | None]) -> list[int | None]:
         """Whose latents each question gets under `swap`, if any.
