@@ -66,7 +66,7 @@ def test_an_interrupt_leaves_nothing_half_written(run, workplace, monkeypatch):
     monkeypatch.chdir(workplace)
     before = sorted(workplace.iterdir())
 
-    def interrupt(*_):
+    def interrupt(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("vreflection.data.check.open_image", interrupt)

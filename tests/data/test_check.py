@@ -12,7 +12,7 @@ from vreflection.data.check import check_rows, write_check
 from vreflection.data.images import _FOLDERS
 from vreflection.data.reasons import ROW_REASONS
 from vreflection.data.rows import open_rows
-from vreflection.errors import DataError
+from vreflection.errors import ConfigError, DataError
 
 LOOK, TALK = "<image>\nWhat colour?", "What colour?"
 
@@ -95,7 +95,7 @@ def test_reasons_are_all_listed():
     """Whatever the modules that check rows can raise is in the table."""
     folder = Path(vreflection.data.__file__).parent
     raised = set()
-    for name in ("row_schema", "rows", "boxes", "images", "template"):
+    for name in ("row_schema", "rows", "boxes", "images", "pixels", "template"):
         for node in ast.walk(ast.parse((folder / f"{name}.py").read_text())):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "DataError":
                 raised |= {node.args[0].value} if isinstance(node.args[0], ast.Constant) else set()
@@ -111,7 +111,7 @@ def test_a_header_check_misses_only_what_lies_behind_the_header(images, write_ro
 def test_images_that_rows_share_are_opened_once(images, write_rows, row, monkeypatch):
     opened = []
     real = check_module.open_image
-    monkeypatch.setattr(check_module, "open_image", lambda path: [opened.append(path), real(path)][1])
+    monkeypatch.setattr(check_module, "open_image", lambda path, **view: [opened.append(path), real(path, **view)][1])
     rows = [row(question_id=i, image=f"notes/{name}.png") for i, name in enumerate(["a", "cut", "a", "cut", "b"])]
     path = write_rows(rows)
     report = check_rows(open_rows(path, images))
@@ -221,3 +221,41 @@ def test_the_documentation_lists_reasons_and_folders_as_the_code_has_them():
     assert "\n".join(["| reason | what is wrong |", "|---|---|", *reasons]) + "\n\n" in text
     folders = [f"| {name} | {', '.join(f'`{folder}`' for folder in places)} |" for name, places in _FOLDERS.items()]
     assert "\n".join(["| dataset | folders below the image folder |", "|---|---|", *folders]) + "\n\n" in text
+
+
+def rotated(images, name, orientation):
+    """A photo that lies on its side in the file."""
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    Image.new("RGB", (84, 112), (9, 9, 9)).save(images / "notes" / name, exif=tags)
+    return f"notes/{name}"
+
+
+def test_rotated_photos_are_counted_and_the_view_is_told(images, write_rows, row):
+    names = [rotated(images, "side.jpg", 6), rotated(images, "side.jpg", 6), rotated(images, "flat.tiff", 3)]
+    path = write_rows([row(), *(row(image=name) for name in names)])
+    report = check_rows(open_rows(path, images))
+    assert (report.counts()["image_view"], report.counts()["rotated_images"]) == ("stored", 2)
+    assert "boxes are read in images as stored, without EXIF orientation; 2 photos are rotated" in report.summary()
+    assert "--image-view shown" in report.summary() and report.sizes[1] == ((84, 112),)
+    for decode in (True, False):
+        shown = check_rows(open_rows(path, images, image_view="shown"), decode)
+        assert shown.sizes[1] == ((112, 84),) and shown.rotated_images == 2
+        assert "boxes are read in images as a viewer shows them, upright; 2 photos" in shown.summary()
+    plain = check_rows(open_rows(write_rows([row()]), images))
+    assert "EXIF orientation; no photo is rotated" in plain.summary() and "--image-view" not in plain.summary()
+
+
+def test_a_clean_index_remembers_the_view(images, write_rows, row, tmp_path):
+    path, out = write_rows([row(image=rotated(images, "side.jpg", 6))]), tmp_path / "x.clean"
+    rows = open_rows(path, images, image_view="shown")
+    write_check(out, check_rows(rows), rows, images)
+    clean = open_rows(out)
+    assert clean.image_view == clean[0].image_view == "shown" and clean.image_sizes(0) == [(112, 84)]
+    assert pickle.loads(pickle.dumps(clean)).image_view == "shown"
+    with pytest.raises(
+        DataError, match=r"expected images read as they were checked \(shown\), got stored; .*--image-view"
+    ):
+        open_rows(out, image_view="stored")
+    with pytest.raises(ConfigError, match="image_view: expected shown or stored, got 'upright'"):
+        open_rows(path, images, image_view="upright")

@@ -230,3 +230,42 @@ def test_prompt_placeholders(processor):
         encode_prompt("What?", processor, max_length=5)
     tokens = torch.zeros(4, 7)
     assert encode_prompt("What?", processor, image_tokens=[(tokens, [1, 4, 4])]).image_features is not None
+
+
+@pytest.fixture
+def photo(tmp_path):
+    """A photo of 84 x 112 px that lies on its side in the file; its bytes, and the upright picture."""
+    pixels = np.random.default_rng(5).integers(0, 256, (84, 112, 3), dtype=np.uint8)
+    tags = Image.Exif()
+    tags[0x0112] = 6
+    path = tmp_path / "photo.png"
+    Image.fromarray(pixels).save(path, exif=tags)
+    return path, Image.fromarray(np.rot90(pixels, -1))
+
+
+def test_prompts_take_photos_as_a_viewer_shows_them(processor, photo):
+    path, upright = photo
+    right = encode_prompt("What?", processor, [upright])
+    assert right.image_grid_thw.tolist() == [[1, 8, 6]]
+    with Image.open(path) as opened:
+        loaded = opened.copy()
+        for image in (path, str(path), path.read_bytes(), opened, loaded, loaded.convert("RGB")):
+            assert torch.equal(encode_prompt("What?", processor, [image]).pixel_values, right.pixel_values)
+            batch = processor(image, "What?")
+            assert torch.equal(batch["pixel_values"], right.pixel_values)
+    stored = encode_prompt("What?", processor, [path], image_view="stored")
+    assert stored.image_grid_thw.tolist() == [[1, 6, 8]]
+    with Image.open(path) as opened:
+        again = encode_prompt("What?", processor, [opened], image_view="stored")
+        assert torch.equal(again.pixel_values, stored.pixel_values)
+    with pytest.raises(DataError, match="expected JPEG, PNG, .* at image 1, got PDF; convert it"):
+        encode_prompt("What?", processor, [path, b"%PDF-1.7"])
+
+
+def test_samples_are_read_in_the_view_of_their_boxes(processor, sample, photo):
+    path, upright = photo
+    sample = dataclasses.replace(sample, image_paths=(str(path), sample.image_paths[1]))
+    assert encode_sample(sample, processor, "latent").image_grid_thw[0].tolist() == [1, 6, 8]
+    shown = encode_sample(dataclasses.replace(sample, image_view="shown"), processor, "latent")
+    assert shown.image_grid_thw[0].tolist() == [1, 8, 6]
+    assert torch.equal(shown.pixel_values[:48], processor.process_images([upright])["pixel_values"])

@@ -156,3 +156,18 @@ def test_a_process_measures_the_same(rows, tiny, image_folder, monkeypatch):
     shared = measure_lengths(dataset, workers=1)
     assert same(alone, shared)
     assert [(e.reason, e.source) for e in alone.dropped] == [(e.reason, e.source) for e in shared.dropped] != []
+
+
+def test_lengths_follow_the_view(measure, processor, image_folder, write_rows, row):
+    tags = Image.Exif()
+    tags[0x0112] = 6
+    Image.new("RGB", (28 * 8, 28)).save(image_folder / "notes" / "side.jpg", exif=tags)
+    path = write_rows([row(image="notes/side.jpg")])
+    for view in ("stored", "shown"):
+        dataset = LatentDataset(open_rows(path, image_folder, image_view=view), processor)
+        assert lengths.cache_key(dataset) != lengths.cache_key(
+            LatentDataset(
+                open_rows(path, image_folder, image_view={"stored": "shown", "shown": "stored"}[view]), processor
+            )
+        )
+        assert measure_lengths(dataset).tokens.tolist() == [len(dataset[0].input_ids)]

@@ -98,3 +98,17 @@ def test_tokens_that_are_not_finite_are_left_out(tiny, processor, paths, tmp_pat
     assert [error.reason for error in report.unusable] == ["feature-not-finite"] * 2 and len(store) == 0
     with pytest.raises(ValueError, match="expected rank below world"):
         fill_feature_store(store, paths, broken, processor, rank=2, world=2)
+
+
+def test_a_store_is_for_one_view(model, processor, tmp_path):
+    tags = Image.Exif()
+    tags[0x0112] = 6
+    path = str(tmp_path / "photo.jpg")
+    Image.effect_noise((112, 56), 60).convert("RGB").save(path, exif=tags)
+    assert feature_key(model, processor, "stored") == feature_key(model, processor)
+    for view, grid in (("stored", [1, 4, 8]), ("shown", [1, 8, 4])):
+        store = FeatureStore(tmp_path / "features", feature_key(model, processor, view))
+        assert fill_feature_store(store, [path], model, processor, image_view=view).computed == 1
+        assert store[path][1].tolist() == grid
+    with pytest.raises(ConfigError, match="expected one for this model and these image settings"):
+        fill_feature_store(store, [path], model, processor)

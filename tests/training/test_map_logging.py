@@ -108,7 +108,7 @@ def test_tensorboard_and_wandb_get_the_figures(tmp_path):
     path = tmp_path / "photo.png"
     Image.new("RGB", (60, 40), "red").save(path)
     box = torch.tensor([[0.0, 0.0, 0.5, 0.5]]).numpy()
-    sample = SimpleNamespace(image_paths=(path,), box_images=[0], boxes=box, source="rows:1")
+    sample = SimpleNamespace(image_paths=(path,), box_images=[0], boxes=box, source="rows:1", image_view="stored")
     maps = {TEACHER: torch.full((2, 2, 2), 0.25)}
     MapLogger(trainer, [(sample, None)], 1, training_figure).write(0, [maps], 7)
     ((tag, pixels, step), settings) = shown[0]

@@ -17,6 +17,9 @@ def command(
         Path | None, typer.Option(help="training rows with an <answer> to ask instead of a benchmark")
     ] = None,
     image_folder: Annotated[Path | None, typer.Option(help="root of the images of --rows")] = None,
+    image_view: Annotated[
+        str | None, typer.Option(help="of --rows: stored or shown [default: the clean index's, or stored]")
+    ] = None,
     data_root: Annotated[Path | None, typer.Option(help="folder that holds the benchmarks' folders")] = None,
     hub: Annotated[bool, typer.Option("--hub", help="download what is not below --data-root")] = False,
     protocol: Annotated[str, typer.Option(help="how a benchmark is asked and read, see vreflection eval")] = "strict",
@@ -42,6 +45,7 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON, no bars")] = False,
 ) -> None:
     """Ask the same questions with the latents changed or left out: does the answer depend on them?"""
+    from ..data.pixels import checked_view
     from ..errors import ConfigError
     from ..evaluation.ablation_run import AblationSettings, run_ablation
     from ..evaluation.interventions import OWN
@@ -63,6 +67,7 @@ def command(
             batch_size=batch_size, dtype=dtype, device=device,
         ),
         rows=rows, image_folder=image_folder,
+        image_view=None if image_view is None else checked_view(image_view, "--image-view"),
         interventions=None if interventions is None else [name.strip() for name in interventions.split(",")],
         steps=counts, seed=seed,
     )  # fmt: skip

@@ -18,6 +18,9 @@ def check(
     image_folder: Annotated[Path | None, typer.Option(help="root of the images; a meta file may name its own")] = None,
     dataset: Annotated[str, typer.Option(help="dataset name of rows without one")] = "",
     out: Annotated[Path | None, typer.Option(help="clean index to write [default: <data>.clean]")] = None,
+    image_view: Annotated[
+        str | None, typer.Option(help="stored or shown: the images that boxes are fractions of [default: stored]")
+    ] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="threads [default: one per core]")] = None,
     strict: Annotated[bool, typer.Option("--strict", help="exit with 1 if any row is bad")] = False,
     decode: Annotated[bool, typer.Option(help="decode images completely, or read their headers only")] = True,
@@ -25,6 +28,7 @@ def check(
 ) -> None:
     """Check every row and image; write which rows to use, and why the others cannot be used."""
     from ..data.check import check_rows, write_check
+    from ..data.pixels import checked_view
     from ..data.rows import open_rows
     from ..errors import ConfigError, DataError
     from .progress import PhaseBars
@@ -33,8 +37,9 @@ def check(
     if out.absolute() == data.absolute():
         raise ConfigError(f"--out: expected another file than the data, got {out}; name a new file")
     _check_writable(out)
+    view = None if image_view is None else checked_view(image_view, "--image-view")
     try:
-        rows = open_rows(data, image_folder, dataset)
+        rows = open_rows(data, image_folder, dataset, image_view=view)
     except DataError:
         raise
     except ValueError as error:

@@ -19,6 +19,9 @@ def command(
     ] = None,
     rows: Annotated[Path | None, typer.Option(help="training rows: a gallery of all of them instead")] = None,
     image_folder: Annotated[Path | None, typer.Option(help="root of the images of --rows")] = None,
+    image_view: Annotated[
+        str | None, typer.Option(help="of --rows: stored or shown [default: the clean index's, or stored]")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="first rows only")] = None,
     out: Annotated[
         Path | None, typer.Option(help="a .png, .gif, .webp or .html file [default: looks.png, or looks.html for rows]")
@@ -36,13 +39,16 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="print the result as JSON, no bars")] = False,
 ) -> None:
     """Draw where the model looks at each latent step of a real answer: PNG, animation or page with a slider."""
+    from ..data.pixels import checked_view
     from ..model.compat import quiet_host_library
     from ..visualization.look_run import LookSettings, run_gallery, run_look
     from .progress import PhaseBars, log_to_terminal
 
     settings = LookSettings(
         model=model, images=tuple(image or ()), question=question, boxes=tuple(box or ()), rows=rows,
-        image_folder=image_folder, limit=limit, out=out, kind=kind, source=source, layers=layers, heads=heads,
+        image_folder=image_folder,
+        image_view=None if image_view is None else checked_view(image_view, "--image-view"),
+        limit=limit, out=out, kind=kind, source=source, layers=layers, heads=heads,
         rollout=rollout, scale_max=scale_max, force_latent=force_latent, max_new_tokens=max_new_tokens, dtype=dtype,
         device=device,
     )  # fmt: skip

@@ -11,8 +11,9 @@ import numpy as np
 
 from vreflection.data.atomic import atomic_write
 from vreflection.data.clean_index import is_clean_index, write_clean_index
-from vreflection.data.images import image_size, open_image
+from vreflection.data.images import image_header, open_image
 from vreflection.data.in_order import in_order
+from vreflection.data.pixels import ImageView
 from vreflection.data.rows import Rows
 from vreflection.errors import DataError
 
@@ -45,6 +46,8 @@ class CheckReport:
         sizes: (width, height) of each usable row's images.
         box_areas: share of the image that each usable box covers.
         questions: how often each (dataset, question_id) occurs among usable rows.
+        image_view: how images were read, and what boxes are fractions of. rotated_images: how many image files have an
+            EXIF orientation that turns or mirrors them, whether or not that view applies it.
     """
 
     rows: int = 0
@@ -54,6 +57,8 @@ class CheckReport:
     sizes: list[tuple[tuple[int, int], ...]] = field(default_factory=list)
     box_areas: list[float] = field(default_factory=list)
     questions: Counter[tuple[str, str]] = field(default_factory=Counter)
+    image_view: ImageView = "stored"
+    rotated_images: int = 0
 
     @property
     def kept(self) -> int:
@@ -80,6 +85,8 @@ class CheckReport:
             "kept": self.kept,
             "dropped": {reason: len(errors) for reason, errors in self._by_count()},
             "clamped_boxes": self.clamped,
+            "image_view": self.image_view,
+            "rotated_images": self.rotated_images,
             "rows_without_image": sum(not sizes for sizes in self.sizes),
             "repeated_question_ids": len(repeated),
             "image_width": _distribution(widths_heights[:, 0]),
@@ -97,6 +104,7 @@ class CheckReport:
             lines.append(f"  {reason}: {len(errors)}")
             lines += [f"    {error}" for error in errors[:examples]]
             lines += [f"    and {len(errors) - examples} more"] if len(errors) > examples else []
+        lines.append(self._told_view())
         if counts["rows_without_image"]:
             lines.append(f"rows of text only: {counts['rows_without_image']}")
         if counts["repeated_question_ids"]:
@@ -110,6 +118,21 @@ class CheckReport:
             if counts[key]:
                 lines.append(f"{label}: " + ", ".join(f"{name} {value:.4g}" for name, value in counts[key].items()))
         return "\n".join(lines)
+
+    def _told_view(self) -> str:
+        """In which frame boxes are read, and for how many photos that makes a difference."""
+        frame = {
+            "stored": "images as stored, without EXIF orientation",
+            "shown": "images as a viewer shows them, upright",
+        }[self.image_view]
+        photos = {0: "no photo is rotated", 1: "1 photo is rotated"}
+        told = (
+            f"boxes are read in {frame}; {photos.get(self.rotated_images, f'{self.rotated_images} photos are rotated')}"
+        )
+        if self.rotated_images:
+            other = "shown" if self.image_view == "stored" else "stored"
+            told += f" (if their boxes were drawn on images as {other}: --image-view {other})"
+        return told
 
     def _by_count(self) -> list[tuple[str, list[DataError]]]:
         return sorted(self.dropped.items(), key=lambda item: (-len(item[1]), item[0]))
@@ -134,14 +157,15 @@ def check_rows(
     if is_clean_index(rows.path):
         message = "expected a data file to check, got a clean index; name the file that it was made from"
         raise DataError("file-shape", message, str(rows.path))
-    seen = _SeenImages(decode)
-    report = CheckReport()
+    seen = _SeenImages(decode, rows.image_view)
+    report = CheckReport(image_view=rows.image_view)
     starts = range(0, len(rows), _CHUNK)
     for start, findings in zip(starts, in_order(workers, lambda at: _check_chunk(rows, at, seen), starts)):
         for offset, finding in enumerate(findings):
             report.add(start + offset, finding)
         if on_progress is not None:
             on_progress(report.rows, len(rows))
+    report.rotated_images = len(seen.rotated)
     return report
 
 
@@ -171,7 +195,9 @@ def write_check(
         file.write(json.dumps({**report.counts(), "dropped_rows": dropped}, indent=1, ensure_ascii=False).encode())
     if not report.kept:
         raise DataError("no-rows", f"expected a usable row, got none; {target} says why for each", str(rows.path))
-    write_clean_index(out, rows.path, image_folder, dataset, rows.versions, report.chosen, report.sizes)
+    write_clean_index(
+        out, rows.path, image_folder, dataset, rows.versions, report.chosen, report.sizes, report.image_view
+    )
     return target
 
 
@@ -194,8 +220,10 @@ def _check_row(rows: Rows, index: int, seen: "_SeenImages") -> RowFinding:
 class _SeenImages:
     """Sizes and errors of the images met so far, for all threads."""
 
-    def __init__(self, decode: bool):
+    def __init__(self, decode: bool, view: ImageView):
         self.decode = decode
+        self.view: ImageView = view
+        self.rotated: set[str] = set()
         self._found: dict[str, tuple[int, int] | DataError] = {}
 
     def size(self, path: str, source: str) -> tuple[int, int]:
@@ -203,7 +231,10 @@ class _SeenImages:
         found = self._found.get(path)
         if found is None:  # two threads may meet here; both come to the same answer
             try:
-                found = open_image(path).size if self.decode else image_size(path)
+                header = image_header(path)
+                found = open_image(path, view=self.view).size if self.decode else header.size(self.view)
+                if header.orientation > 1:
+                    self.rotated.add(path)
             except DataError as error:
                 found = error
             self._found[path] = found

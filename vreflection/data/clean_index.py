@@ -10,6 +10,7 @@ import numpy as np
 
 from vreflection.data.array_file import has_magic, read_arrays, write_arrays
 from vreflection.data.atomic import atomic_write
+from vreflection.data.pixels import ImageView
 from vreflection.data.row_index import Fingerprint, fingerprint
 from vreflection.errors import DataError
 
@@ -28,6 +29,7 @@ class CleanIndex:
         chosen_n: int64 positions of the usable rows among all rows of the data file.
         image_ends_n: int64, where each chosen row's images end in `sizes_m2`.
         sizes_m2: int32 width and height (px) of each image.
+        image_view: how the images were read.
     """
 
     data: Path
@@ -37,6 +39,7 @@ class CleanIndex:
     chosen_n: np.ndarray
     image_ends_n: np.ndarray
     sizes_m2: np.ndarray
+    image_view: ImageView = "stored"
 
 
 def is_clean_index(path: str | Path) -> bool:
@@ -52,6 +55,7 @@ def write_clean_index(
     files: dict[str, Fingerprint],
     chosen: Sequence[int],
     sizes: Sequence[Sequence[tuple[int, int]]],
+    image_view: ImageView = "stored",
 ) -> None:
     """Write a clean index, whole or not at all.
 
@@ -60,7 +64,7 @@ def write_clean_index(
         data, image_folder, dataset: as in `rows.open_rows`.
         files: the data files behind the rows, as `Rows.versions` gives them; each is read once for its SHA-256.
         chosen: positions of the usable rows.
-        sizes: (width, height) of each chosen row's images.
+        sizes: (width, height) of each chosen row's images. image_view: in which view.
 
     Raises:
         DataError: `file-changed` where a data file is no longer the one that was checked.
@@ -78,6 +82,7 @@ def write_clean_index(
         "data": [os.path.relpath(Path(data).absolute(), folder), str(Path(data).absolute())],
         "image_folder": None if image_folder is None else str(Path(image_folder).absolute()),
         "dataset": dataset,
+        "image_view": image_view,
         "files": recorded,
     }
     arrays = {
@@ -111,8 +116,9 @@ def read_clean_index(path: str | Path) -> CleanIndex:
         )
     files = tuple((Fingerprint(*version), digest) for version, digest in header["files"])
     return CleanIndex(
-        data, header["image_folder"], header["dataset"], files, arrays["chosen"], arrays["image_ends"], arrays["sizes"]
-    )
+        data, header["image_folder"], header["dataset"], files, arrays["chosen"], arrays["image_ends"], arrays["sizes"],
+        header.get("image_view", "stored"),
+    )  # fmt: skip
 
 
 def check_same_files(clean: CleanIndex, path: Path, files: dict[str, Fingerprint]) -> None:

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vreflection.data.boxes import check_boxes
-from vreflection.data.images import open_image
+from vreflection.data.images import check_image_size, decode_image, open_image
+from vreflection.data.pixels import ImageView, to_rgb
 from vreflection.data.positions import mrope_positions
 from vreflection.data.template import (
     IMAGE_PLACEHOLDER,
@@ -117,7 +118,7 @@ def encode_sample(
             f"expected {len(boxes_n4)} image indices below {total}, got {box_images_n.tolist()}; fix box_images",
             sample.source,
         )
-    images = _prepare_images(sample.image_paths, processor, image_tokens, sample.source)
+    images = _prepare_images(sample.image_paths, processor, image_tokens, sample.source, sample.image_view)
     segments = conversation_segments(sample.conversations, slot_style, num_latents)
     encoded = _assemble(segments, num_images, images, processor, max_length, sample.source)
     if slot_style in ("latent", "filler"):
@@ -140,27 +141,29 @@ def sample_length(
 def encode_prompt(
     question: str,
     processor: SampleProcessor,
-    images: Sequence[Image.Image | str | Path] = (),
+    images: Sequence[Image.Image | bytes | str | Path] = (),
     image_tokens: Sequence[ImageTokens] | None = None,
     *,
     max_length: int | None = None,
     source: str = "prompt",
+    image_view: ImageView = "shown",
 ) -> EncodedSample:
     """Encode an inference prompt: system turn, user turn, and the header of the answer, nothing supervised.
 
     Args:
         question: user text; without any `<image>` placeholder the images are put in front of it.
         processor: tokenizer, image processor and token ids.
-        images: PIL images or paths in the order of the placeholders; ignored when `image_tokens` is given.
+        images: PIL images, files or their bytes in the order of the placeholders; ignored when `image_tokens` is given.
         image_tokens: per image, features (N_i, D) and grid_thw computed earlier.
         max_length: longest accepted L in tokens.
         source: name used in error messages.
+        image_view: how images are read; the default is what a viewer shows.
 
     Raises:
         DataError: placeholders and images do not match, special tokens in the text, or `too-long`.
     """
     check_reserved(question, source)
-    prepared = _prepare_images(images, processor, image_tokens, source)
+    prepared = _prepare_images(images, processor, image_tokens, source, image_view)
     num_images = len(prepared["image_grid_thw"])
     if IMAGE_PLACEHOLDER not in question:
         question = IMAGE_PLACEHOLDER * num_images + question
@@ -194,16 +197,17 @@ def encode_chat(
         names = ("pixel_values", "image_grid_thw")
         prepared = {name: torch.cat([image[name] for image in images]) for name in names}  # pyright: ignore
     else:
-        prepared = _prepare_images(images, processor, None, source)  # pyright: ignore[reportArgumentType]
+        prepared = _prepare_images(images, processor, None, source, "shown")  # pyright: ignore[reportArgumentType]
     places = sum(part is None for turn in turns for part in turn.parts)
     return _assemble(segments, places, prepared, processor, max_length, source)
 
 
 def _prepare_images(
-    images: Sequence[Image.Image | str | Path],
+    images: Sequence[Image.Image | bytes | str | Path],
     processor: SampleProcessor,
     image_tokens: Sequence[ImageTokens] | None,
     source: str,
+    image_view: ImageView,
 ) -> dict[str, Any]:
     """Grids plus either pixels or features of a sample's images; no key for what is absent."""
     if image_tokens is not None:
@@ -211,11 +215,22 @@ def _prepare_images(
     if not images:
         return {"image_grid_thw": torch.zeros((0, 3), dtype=torch.int64)}
     try:
-        opened = [image if isinstance(image, Image.Image) else open_image(image) for image in images]
+        opened = [_opened(image, f"image {number}", image_view) for number, image in enumerate(images)]
         features = processor.process_images(opened)
     except DataError as error:
         raise DataError(error.reason, str(error), source) from error
     return {"pixel_values": features["pixel_values"], "image_grid_thw": features["image_grid_thw"].to(torch.int64)}
+
+
+def _opened(image: Image.Image | bytes | str | Path, name: str, image_view: ImageView) -> Image.Image:
+    if isinstance(image, bytes):
+        return decode_image(image, name, view=image_view)
+    if isinstance(image, (str, Path)):
+        return open_image(image, view=image_view)
+    if image_view == "shown":
+        return image  # as the processor reads it
+    check_image_size(*image.size, name=name)
+    return to_rgb(image, image_view)
 
 
 def _stack_features(image_tokens: Sequence[ImageTokens], merge: int, source: str) -> dict[str, Any]:

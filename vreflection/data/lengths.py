@@ -91,6 +91,8 @@ def cache_key(dataset: LatentDataset) -> str:
     words = processor.encode_text("Where is the small red note? <answer> 7 </answer>")
     parts = [getattr(samples, "versions", None), len(dataset), dataset.slot_style, dataset.num_latents]
     parts += [dataset.max_length, sizes, words, image_roots(samples) if isinstance(samples, Rows) else None]
+    if isinstance(samples, Rows) and samples.image_view != "stored":
+        parts.append(samples.image_view)
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()
 
 
@@ -140,7 +142,7 @@ def _grids(dataset: LatentDataset, sample: Sample, sizes: Sequence[tuple[int, in
         return [tuple(int(v) for v in dataset.cached(path, sample.source)[1]) for path in sample.image_paths]
     try:
         # A clean index knows the sizes; otherwise the images' headers do.
-        sizes = [image_size(path) for path in sample.image_paths] if sizes is None else sizes
+        sizes = [image_size(path, view=sample.image_view) for path in sample.image_paths] if sizes is None else sizes
         return [dataset.processor.image_grid(width, height) for width, height in sizes]
     except DataError as error:
         raise DataError(error.reason, error.message, sample.source) from error

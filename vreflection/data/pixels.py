@@ -40,10 +40,11 @@ _PROFILE_SPACES = {"L": ("GRAY", "RGB"), "RGB": ("RGB",), "CMYK": ("CMYK",)}
 _PIXELS_AT_ONCE = 2**20
 
 
-def check_view(view: Any, name: str) -> None:
-    """Raise ConfigError for anything but a view. `name` is the setting's."""
+def checked_view(view: Any, name: str) -> ImageView:
+    """A view, or ConfigError. `name` is the setting's."""
     if view not in get_args(ImageView):
         raise ConfigError(f"{name}: expected shown or stored, got {view!r}")
+    return view
 
 
 def to_rgb(image: Image.Image, view: ImageView) -> Image.Image:

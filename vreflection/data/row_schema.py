@@ -12,6 +12,7 @@ import numpy as np
 
 from vreflection.data.boxes import check_boxes
 from vreflection.data.images import resolve_image_path
+from vreflection.data.pixels import ImageView
 from vreflection.data.template import IMAGE_PLACEHOLDER, LATENT_PLACEHOLDER, Role, Turn, check_turns, count_placeholders
 from vreflection.errors import DataError
 
@@ -30,9 +31,12 @@ class Sample:
     boxes: np.ndarray  # [n, 4] float64 in [0, 1], one per `<lvr>`, in order
     box_images: np.ndarray  # [n] int64, index into image_paths
     source: str = ""  # "file:row"
+    image_view: ImageView = "stored"  # how its images are read; the boxes are fractions of what is read
 
 
-def parse_row(row: Any, image_folder: str | Path, source: str, dataset: str = "") -> tuple[Sample, int]:
+def parse_row(
+    row: Any, image_folder: str | Path, source: str, dataset: str = "", image_view: ImageView = "stored"
+) -> tuple[Sample, int]:
     """Check one decoded row.
 
     Args:
@@ -43,6 +47,7 @@ def parse_row(row: Any, image_folder: str | Path, source: str, dataset: str = ""
         image_folder: root of the images.
         source: `file:row` for messages.
         dataset: stand-in dataset name.
+        image_view: see `pixels`; in which view the row's boxes are.
 
     Returns:
         The sample and how many of its boxes were clamped.
@@ -73,7 +78,7 @@ def parse_row(row: Any, image_folder: str | Path, source: str, dataset: str = ""
         paths = tuple(str(resolve_image_path(image_folder, name, image)) for image in images)
     except DataError as error:
         raise DataError(error.reason, str(error), source) from error
-    return Sample(str(question_id), name, paths, turns, boxes_n4, box_images_n, source), clamped
+    return Sample(str(question_id), name, paths, turns, boxes_n4, box_images_n, source, image_view), clamped
 
 
 def _missing_key(key: str, source: str) -> DataError:

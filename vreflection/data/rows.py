@@ -14,6 +14,7 @@ import numpy as np
 
 from vreflection.data.clean_index import CleanIndex, check_same_files, is_clean_index, read_clean_index
 from vreflection.data.json_list import MAX_ROW_BYTES
+from vreflection.data.pixels import ImageView, checked_view
 from vreflection.data.row_index import Fingerprint, RowIndex, fingerprint, load_index
 from vreflection.data.row_schema import Sample, describe, parse_row
 from vreflection.errors import DataError
@@ -24,6 +25,7 @@ def open_rows(
     image_folder: str | Path | None = None,
     dataset: str = "",
     index_folder: str | Path | None = None,
+    image_view: ImageView | None = None,
 ) -> "Rows":
     """Open a data file.
 
@@ -36,14 +38,17 @@ def open_rows(
         dataset: name for rows that carry no `dataset` key (a meta entry's `ds_name` is used there; a clean index
             has its own).
         index_folder: where to keep the row index instead of beside the data file.
+        image_view: how images are read, `stored` or `shown` (see `pixels`): the view that the boxes are fractions of.
+            None is the clean index's, or `stored`.
 
     Raises:
         ValueError: no `image_folder` for a file of rows.
         DataError: a reason that starts with `file-`, for files that cannot be used at all. A bad row or meta entry
             raises when it is read.
-            `file-changed` where the data file of a clean index is no longer the one that was checked.
+            `file-changed` where the data file of a clean index is no longer the one that was checked, `file-view` where
+            it was checked with the other view.
     """
-    return Rows(path, image_folder, dataset, index_folder)
+    return Rows(path, image_folder, dataset, index_folder, image_view)
 
 
 class Rows(Sequence[Sample]):
@@ -59,16 +64,22 @@ class Rows(Sequence[Sample]):
         image_folder: str | Path | None = None,
         dataset: str = "",
         index_folder: str | Path | None = None,
+        image_view: ImageView | None = None,
     ):
+        if image_view is not None:
+            checked_view(image_view, "image_view")
         self.path = Path(path)
-        self._settings = (str(path), image_folder, dataset, index_folder)
+        self._settings = (str(path), image_folder, dataset, index_folder, image_view)
         data = self.path
         self._clean: CleanIndex | None = None
         if is_clean_index(path):
             self._clean, self._clean_version = read_clean_index(path), fingerprint(path)
             data, dataset = self._clean.data, self._clean.dataset
             image_folder = self._clean.image_folder if image_folder is None else image_folder
-        self._parts = list(_open_parts(data, image_folder, dataset, index_folder, ()))
+            image_view = self._clean.image_view if image_view is None else image_view
+            _check_same_view(self._clean, self.path, image_view)
+        self.image_view: ImageView = image_view or "stored"
+        self._parts = list(_open_parts(data, image_folder, dataset, index_folder, self.image_view, ()))
         self._ends = np.cumsum([len(part) for part in self._parts], dtype=np.int64)
         if self._clean is not None:
             check_same_files(self._clean, self.path, self._data_versions())
@@ -192,8 +203,9 @@ class _InnerRows:
 class _FileRows:
     """The rows of one file."""
 
-    def __init__(self, path: Path, index: RowIndex, image_folder: str | Path, dataset: str):
+    def __init__(self, path: Path, index: RowIndex, image_folder: str | Path, dataset: str, image_view: ImageView):
         self.path, self.index, self.image_folder, self.dataset = path, index, image_folder, dataset
+        self.image_view: ImageView = image_view
         self._file = open(index.text_path, "rb")  # noqa: SIM115 - as long as the rows
 
     @property
@@ -207,7 +219,7 @@ class _FileRows:
         return f"{self.path}:{self.index.spans_n3[local, 2]}"
 
     def parse(self, local: int) -> tuple[Sample, int]:
-        return parse_row(self.value(local), self.image_folder, self.source(local), self.dataset)
+        return parse_row(self.value(local), self.image_folder, self.source(local), self.dataset, self.image_view)
 
     def value(self, local: int) -> Any:
         """The row as decoded JSON."""
@@ -247,14 +259,15 @@ def _open_parts(
     image_folder: str | Path | None,
     dataset: str,
     index_folder: str | Path | None,
+    image_view: ImageView,
     parents: tuple[Path, ...],
 ) -> Iterator[_FileRows | _InnerRows | _BadEntry]:
     """The file's own rows, or those of the files that a meta file names."""
     index = load_index(path, index_folder)
     if not index.is_meta:
-        yield _FileRows(path, index, _need_folder(image_folder, path), dataset)
+        yield _FileRows(path, index, _need_folder(image_folder, path), dataset, image_view)
         return
-    entries = _FileRows(path, index, "", "")
+    entries = _FileRows(path, index, "", "", image_view)
     for local in range(len(entries)):
         entry, source = entries.value(local), entries.source(local)
         try:
@@ -265,9 +278,9 @@ def _open_parts(
         folder = path.parent / entry["image_folder"] if image_folder is None else image_folder
         target, lineage = path.parent / entry["data_path"], (*parents, path.resolve())
         if is_clean_index(target):
-            yield _InnerRows(Rows(target, folder, entry["ds_name"], index_folder))
+            yield _InnerRows(Rows(target, folder, entry["ds_name"], index_folder, image_view))
         else:
-            yield from _open_parts(target, folder, entry["ds_name"], index_folder, lineage)
+            yield from _open_parts(target, folder, entry["ds_name"], index_folder, image_view, lineage)
 
 
 def _check_entry(entry: Any, path: Path, parents: tuple[Path, ...], source: str) -> None:
@@ -289,6 +302,17 @@ def _need_folder(image_folder: str | Path | None, path: Path) -> str | Path:
     if not Path(image_folder).is_dir():
         raise DataError("file-missing", f"expected a folder of images at {image_folder}, got none; check it", str(path))
     return image_folder
+
+
+def _check_same_view(clean: CleanIndex, path: Path, image_view: ImageView) -> None:
+    if image_view != clean.image_view:
+        command = f"vreflection data check --data {clean.data} --image-view {image_view} --out {path}"
+        raise DataError(
+            "file-view",
+            f"expected images read as they were checked ({clean.image_view}), got {image_view}; set it to "
+            f"{clean.image_view}, or run `{command}`",
+            str(path),
+        )
 
 
 def _changed(path: str) -> DataError:

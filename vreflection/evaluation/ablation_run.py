@@ -13,7 +13,8 @@ import torch
 
 from .._version import __version__
 from ..data.atomic import atomic_write
-from ..data.rows import open_rows
+from ..data.pixels import ImageView
+from ..data.rows import Rows, open_rows
 from ..data.template import extract_answer
 from ..data.visual_cot import Sample
 from ..engine.requests import Prompt
@@ -24,6 +25,7 @@ from .ablation import Ablation, Progress, Question
 from .ablation_summary import markdown, sentences, summarize
 from .asking import Prompts, load_processor
 from .benchmarks import load_benchmark
+from .benchmarks.pictures import IMAGE_VIEW
 from .extraction import EXTRACTORS
 from .fingerprints import file_digest, joined_digest
 from .interventions import chosen_interventions
@@ -45,12 +47,14 @@ class AblationSettings:
     Attributes:
         evaluation: model, benchmark (one, or none with `rows`), folder, protocol, limit and devices as for a run.
         rows, image_folder: training rows with an `<answer>` to ask instead of a benchmark.
+        image_view: of the rows; None is that of a clean index, else `stored`. See `open_rows`.
         interventions, steps: see `chosen_interventions`. seed: of the noise.
     """
 
     evaluation: EvalSettings
     rows: Path | None = None
     image_folder: Path | None = None
+    image_view: ImageView | None = None
     interventions: Sequence[str] | None = None
     steps: Sequence[int] | None = None
     seed: int = 0
@@ -72,10 +76,11 @@ def run_ablation(settings: AblationSettings, on_progress: Progress | None = None
         raise ConfigError(f"force_latent: a checkpoint of stage {config.stage!r} has no latent steps; leave it out")
     if settings.rows is not None:
         processor = VReflectionProcessor.from_pretrained(folder, None, None)
-        questions = row_questions(settings, processor)
+        rows = open_rows(str(settings.rows), settings.image_folder, image_view=settings.image_view)
+        questions, view = row_questions(rows, settings, processor), rows.image_view
     else:
         processor = load_processor(folder, protocol)
-        questions = benchmark_questions(asked, protocol, processor)
+        questions, view = benchmark_questions(asked, protocol, processor), IMAGE_VIEW
     about = {
         "schema": SCHEMA,
         "model": asked.model,
@@ -85,6 +90,7 @@ def run_ablation(settings: AblationSettings, on_progress: Progress | None = None
         "source": str(settings.rows) if settings.rows is not None else asked.benchmarks[0],
         "protocol": None if settings.rows is not None else protocol.tag,
         "questions": joined_digest({f"{i}": f"{q.id}|{q.gold}" for i, q in enumerate(questions)}),
+        "image_view": view,
         "interventions": [one.name for one in interventions],
         "forced": asked.force_latent,
         "batch_size": asked.batch_size,
@@ -133,6 +139,7 @@ def settle(out: Path, about: Mapping[str, Any]) -> None:
         before = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError("raw-damaged", f"expected JSON, got {error}; choose another --out", str(path)) from None
+    before.setdefault("image_view", "stored")  # ablations from before it was written down
     found = [f"{key}: {change}" for key, change in differences(before, wanted) if key != "model"]
     if found:
         raise ConfigError(
@@ -173,10 +180,8 @@ def benchmark_questions(asked: EvalSettings, protocol: Protocol, processor: VRef
     return [question(item) for part in limited(units(benchmark.items), asked.limit) for item in part]
 
 
-def row_questions(settings: AblationSettings, processor: VReflectionProcessor) -> list[Question]:
+def row_questions(rows: Rows, settings: AblationSettings, processor: VReflectionProcessor) -> list[Question]:
     """The first question of each row; right is the text of its `<answer>`, and box j belongs to span j."""
-
-    rows = open_rows(str(settings.rows), settings.image_folder)
     return [row_question(sample, processor) for sample in islice(rows, settings.evaluation.limit)]
 
 

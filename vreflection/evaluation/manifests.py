@@ -45,6 +45,8 @@ def settle_manifest(out: Path, manifest: Manifest) -> bool:
         raise DataError(
             "raw-damaged", f"expected JSON, got {error}; restore it, or choose another --out", str(path)
         ) from None
+    if isinstance(before, Mapping) and isinstance(before.get("notes"), dict):
+        before["notes"].setdefault("image_view", "stored")  # runs from before it was written down
     found = dict(differences(before, wanted))
     refused = [f"{key}: {change}" for key, change in found.items() if key not in LOOSE]
     if refused:

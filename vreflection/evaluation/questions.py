@@ -65,7 +65,10 @@ def batches(count: int, size: int) -> Iterator[range]:
 def prompt_of(sample: Sample, processor: VReflectionProcessor, cache: Mapping[str, ImageTokens] | None):
     """The question's prompt, from cached visual tokens or from the image files."""
     tokens = None if cache is None else [cache[path] for path in sample.image_paths]
-    return encode_prompt(sample.conversations[0].text, processor, sample.image_paths, tokens, source=sample.source)
+    return encode_prompt(
+        sample.conversations[0].text, processor, sample.image_paths, tokens, source=sample.source,
+        image_view=sample.image_view,
+    )  # fmt: skip
 
 
 def decode_answers(

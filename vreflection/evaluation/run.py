@@ -30,6 +30,7 @@ from ..model.processor import VReflectionProcessor
 from ..model.weight_files import DTYPES
 from .asking import Asked, Prompts, load_processor, raw_answer
 from .benchmarks import Benchmark, load_benchmark
+from .benchmarks.pictures import IMAGE_VIEW
 from .fingerprints import file_digest, joined_digest
 from .manifests import settle_manifest
 from .protocol import Protocol, load_protocol
@@ -338,6 +339,7 @@ def make_manifest(
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     notes: dict[str, Any] = {
         "protocol": protocol.as_dict(),
+        "image_view": IMAGE_VIEW,
         "checkpoint": {name: file_digest(folder / name) for name in SETTINGS_FILES if (folder / name).exists()},
     }
     return Manifest(

@@ -29,7 +29,7 @@ class ChatQuestion:
     """One user turn.
 
     Attributes:
-        segments: in order; a `str` is text, anything else an image or its file.
+        segments: in order; a `str` is text, anything else an image or its file, taken as a viewer shows it.
         settings: `max_new_tokens`, sampling and the like for `LatentDecoder.request`.
         until: the answer ends before the first of these texts.
     """
@@ -116,7 +116,7 @@ class ChatAnswerer:
                     )
                 parts.append(segment)
             else:
-                images.append(segment if isinstance(segment, Image.Image) else open_image(segment))
+                images.append(segment if isinstance(segment, Image.Image) else open_image(segment, view="shown"))
                 parts.append(IMAGE_PLACEHOLDER)
         return Prompt.of(encode_prompt("".join(parts), self.processor, images))
 

@@ -31,7 +31,8 @@ from vreflection.errors import CheckpointError
 MIN_VISUAL_TOKENS = 128
 MAX_VISUAL_TOKENS = 5120
 
-ImageLike = Image.Image | str | Path
+# An image, its file, or the bytes of one.
+ImageLike = Image.Image | bytes | str | Path
 _GENERATE_KEYS = ("input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw")
 
 
@@ -109,7 +110,7 @@ class VReflectionProcessor:
         """Resize, normalise and cut images into patches.
 
         Args:
-            images: at least one PIL image, any mode.
+            images: at least one PIL image, any mode; taken as a viewer shows it, EXIF orientation applied.
 
         Returns:
             `pixel_values` (patches of all images, patch width) float32 and `image_grid_thw` (I, 3) int64 in patches.
@@ -147,7 +148,8 @@ class VReflectionProcessor:
         """Prompts ready for `model.generate(**batch)`.
 
         Args:
-            images: per question one image, a list of images or None; None for text only. Images are PIL or paths.
+            images: per question one image, a list of images or None; None for text only. Images are PIL,
+                paths or bytes of files, and taken as a viewer shows them.
             questions: one text or a list; without `<image>` placeholders the images go in front of the text.
             padding: side of the padding; decoding needs "left".
             return_position_ids: also return `position_ids` (3, B, L), 0 at padding.
@@ -204,7 +206,7 @@ def _group_images(images: Any, count: int) -> list[list[ImageLike]]:
     """One list of images per question."""
     if images is None:
         return [[] for _ in range(count)]
-    if isinstance(images, (Image.Image, str, Path)):
+    if isinstance(images, (Image.Image, bytes, str, Path)):
         images = [images]
     if len(images) != count:
         raise ValueError(
@@ -213,7 +215,7 @@ def _group_images(images: Any, count: int) -> list[list[ImageLike]]:
         )
     groups = []
     for group in images:
-        single = isinstance(group, (Image.Image, str, Path))
+        single = isinstance(group, (Image.Image, bytes, str, Path))
         groups.append([] if group is None else [group] if single else list(group))
     return groups
 

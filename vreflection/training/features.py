@@ -14,6 +14,7 @@ from torch import Tensor
 from ..data.feature_store import FeatureStore, image_digest
 from ..data.images import open_image
 from ..data.in_order import in_order
+from ..data.pixels import ImageView
 from ..errors import ConfigError, DataError
 from ..model.modeling import VReflectionForConditionalGeneration
 from ..model.processor import VReflectionProcessor
@@ -54,7 +55,9 @@ class _Prepared:
         return 0 if self.pixels_PW is None else len(self.pixels_PW)
 
 
-def feature_key(model: VReflectionForConditionalGeneration, processor: VReflectionProcessor) -> str:
+def feature_key(
+    model: VReflectionForConditionalGeneration, processor: VReflectionProcessor, image_view: ImageView = "stored"
+) -> str:
     """Names what visual tokens depend on besides the image: image settings, the tower's weights, number type.
 
     Reads every weight of the tower (about a second per gigabyte). Call it as the features are computed: under the same
@@ -66,6 +69,8 @@ def feature_key(model: VReflectionForConditionalGeneration, processor: VReflecti
     autocast = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else None
     settings["tower"] = tower_fingerprint(model)
     settings["autocast"] = autocast
+    if image_view != "stored":  # stores from before there was a choice stay what they are
+        settings["image_view"] = image_view
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=_plain).encode()).hexdigest()[:32]
 
 
@@ -89,17 +94,19 @@ def fill_feature_store(
     world: int = 1,
     on_progress: Callable[[int, int], None] | None = None,
     workers: int = 2,
+    image_view: ImageView = "stored",
 ) -> FillReport:
     """Compute and store the visual tokens of images that the store lacks.
 
     Args:
-        store: opened with `feature_key(model, processor)`.
+        store: opened with `feature_key(model, processor, image_view)`.
         paths: image files; repeated ones count once.
         model, processor: the tower and its image settings.
         batch_tokens: visual tokens per forward of the tower; an image above that goes alone.
         rank, world: this process does every `world`-th image, beginning with `rank`.
         on_progress: called with (images done, images of this process).
         workers: threads that open and cut images while the tower computes.
+        image_view: how images are read, as the store's key says.
 
     Returns:
         What became of this process's images. Unusable ones are left out, with their `DataError`.
@@ -111,11 +118,11 @@ def fill_feature_store(
     if not 0 <= rank < world or batch_tokens < 1 or workers < 1:
         got = f"rank {rank} of {world}, batch_tokens {batch_tokens}, workers {workers}"
         raise ValueError(f"expected rank below world, batch_tokens and workers of at least 1, got {got}")
-    key = feature_key(model, processor)
+    key = feature_key(model, processor, image_view)
     if store.settings_key != key:
         raise ConfigError(
             f"feature store: expected one for this model and these image settings ({key}), got {store.settings_key}; "
-            "open it with feature_key(model, processor)"
+            "open it with feature_key(model, processor, image_view)"
         )
     mine = sorted(set(paths))[rank::world]
     report = FillReport()
@@ -124,7 +131,7 @@ def fill_feature_store(
     was_training = visual.training
     visual.eval()
     try:
-        for image in in_order(workers, lambda path: _prepare(store, path, processor), mine):
+        for image in in_order(workers, lambda path: _prepare(store, path, processor, image_view), mine):
             if image.pixels_PW is None:
                 report.present += image.error is None
                 report.unusable += [] if image.error is None else [image.error]
@@ -140,12 +147,12 @@ def fill_feature_store(
     return report
 
 
-def _prepare(store: FeatureStore, path: str, processor: VReflectionProcessor) -> _Prepared:
+def _prepare(store: FeatureStore, path: str, processor: VReflectionProcessor, image_view: ImageView) -> _Prepared:
     if path in store:
         return _Prepared(path)
     try:
         digest = image_digest(path)
-        made = processor.process_images([open_image(path)])
+        made = processor.process_images([open_image(path, view=image_view)])
     except DataError as error:
         return _Prepared(path, error=DataError(error.reason, error.message, path))
     return _Prepared(path, digest, made["pixel_values"], made["image_grid_thw"])

@@ -127,7 +127,7 @@ class MapLogger(TrainerCallback):
         sample = self.samples[number][0]
         figures = []
         for box, of_box in enumerate(maps):
-            photo = open_image(sample.image_paths[int(sample.box_images[box])])
+            photo = open_image(sample.image_paths[int(sample.box_images[box])], view=sample.image_view)
             which = "" if len(maps) == 1 else f", box {box + 1} of {len(maps)}"
             title = f"step {step}: {sample.source}{which}"
             figures.append(self.draw(photo, of_box, sample.boxes[box].tolist(), title))

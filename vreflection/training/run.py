@@ -15,7 +15,8 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback, Tra
 
 from ..data.encode import EncodedSample, ImageTokens, LatentDataset
 from ..data.feature_store import FeatureStore
-from ..data.rows import open_rows
+from ..data.pixels import checked_view
+from ..data.rows import Rows, open_rows
 from ..data.visual_cot import ReadReport, Sample
 from ..errors import CheckpointError, ConfigError, DataError, TrainingError
 from ..model.checkpoint import local_folder
@@ -111,6 +112,11 @@ def check_image_folder(settings: TrainSettings) -> str | None:
             f"data.image_folder: expected a folder, got {folder!r}; --set data.image_folder=<folder of the images>"
         )
     return folder
+
+
+def open_training_rows(settings: TrainSettings, path: str) -> Rows:
+    view = checked_view(settings.data.image_view, "data.image_view")
+    return open_rows(path, check_image_folder(settings), image_view=view)
 
 
 def load_processor(settings: TrainSettings, folder: Path) -> VReflectionProcessor:
@@ -226,7 +232,7 @@ def run_claimed(
     # Before the model: initial queries and projections are drawn from this seed.
     set_seed(settings.seed)
     report = ReadReport() if samples is None else None
-    samples = open_rows(settings.data.train, check_image_folder(settings)) if samples is None else samples
+    samples = open_training_rows(settings, settings.data.train) if samples is None else samples
     folder = local_folder(settings.model)
     processor = load_processor(settings, folder)
     with whole_model():
@@ -303,7 +309,7 @@ def held_out_rows(
 ) -> tuple[LatentDataset, Sequence[int]]:
     """Where the gauges' rows are, and which."""
     if isinstance(settings.data.held_out, str):
-        rows = open_rows(settings.data.held_out, check_image_folder(settings))
+        rows = open_training_rows(settings, settings.data.held_out)
         return dataset.with_samples(rows), range(len(rows))
     return dataset, data.held_out
 
@@ -313,11 +319,14 @@ def use_feature_store(
 ) -> None:
     """Compute the visual tokens that the store lacks, shared among the processes, and read them from then on."""
     model.model.visual.to(args.device)
+    rows = [*data.plan.indices.tolist(), *data.held_out]
+    image_view = data.dataset.samples[rows[0]].image_view  # that of all rows: a setting of the run
     with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
-        store = FeatureStore(folder, feature_key(model, processor))
-        rows = [*data.plan.indices.tolist(), *data.held_out]
+        store = FeatureStore(folder, feature_key(model, processor, image_view))
         paths = {path for row in rows for path in data.dataset.samples[row].image_paths}
-        report = fill_feature_store(store, paths, model, processor, rank=args.process_index, world=args.world_size)
+        report = fill_feature_store(
+            store, paths, model, processor, rank=args.process_index, world=args.world_size, image_view=image_view
+        )
     for error in report.unusable:
         logger.warning("image left out (%s): %s", error.reason, error)
     logger.info("feature store %s: %d images found, %d computed", folder, report.present, report.computed)

@@ -7,6 +7,7 @@ import typing
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from ..data.pixels import checked_view
 from ..errors import ConfigError
 from ..losses import LatentObjective
 from ..model.config import TRAINED_STAGES
@@ -29,6 +30,8 @@ class DataSettings:
     Attributes:
         train: Visual-CoT JSON, JSONL, Parquet, meta JSON, or a clean index of `vreflection data check`.
         image_folder: where the rows' image paths start.
+        image_view: `stored` reads images without EXIF orientation and colour profile, as the boxes of the public data
+            are meant; `shown` as a viewer shows them, for boxes that were drawn on what one shows.
         max_length: longest sample in tokens; longer ones are left out whole, and counted.
         pack_tokens: token budget of a micro-batch: samples are packed end to end, without padding. `None` pads
             `trainer.per_device_train_batch_size` samples instead.
@@ -41,6 +44,7 @@ class DataSettings:
 
     train: str = ""
     image_folder: str | None = None
+    image_view: str = "stored"
     max_length: int = 16384
     pack_tokens: int | None = None
     shuffle: bool = True
@@ -51,6 +55,7 @@ class DataSettings:
     held_out: int | str = 0
 
     def __post_init__(self):
+        checked_view(self.image_view, "data.image_view")
         if self.max_length < 1:
             raise ConfigError(f"data.max_length: expected at least 1, got {self.max_length}")
         if self.pack_tokens is not None and self.pack_tokens < 1:

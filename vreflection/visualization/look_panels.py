@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from ..data.pixels import to_rgb
 from ..errors import ConfigError
 from .attention_maps import Looks
 from .overlays import attention_overlay, outline_box
@@ -136,10 +137,14 @@ def _write_number(picture: Image.Image, box: Sequence[float], number: int) -> No
 
 
 def tile(image: Image.Image, side: int) -> Image.Image:
-    """RGB copy of about `side` x `side` pixels in area, no side longer than twice that; small images grow."""
+    """RGB copy of about `side` x `side` pixels in area, no side longer than twice that; small images grow.
+
+    The image is taken as a viewer shows it, like the processor takes it.
+    """
+    image = to_rgb(image, "shown")
     scale = min(side / (image.width * image.height) ** 0.5, 2 * side / max(image.size))
     size = [max(SHORTEST_SIDE, round(edge * scale)) for edge in image.size]
-    return image.convert("RGB").resize((size[0], size[1]), Image.Resampling.LANCZOS)
+    return image.resize((size[0], size[1]), Image.Resampling.LANCZOS)
 
 
 def _hop(looks: Looks, span: int) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..data.images import open_image
+from ..data.pixels import ImageView
 from ..data.rows import open_rows
 from ..data.template import IMAGE_PLACEHOLDER, extract_answer
 from ..data.visual_cot import Sample
@@ -36,6 +37,7 @@ class LookSettings:
 
     Attributes:
         images, question, boxes: one question; or rows, image_folder, limit: a gallery. boxes: `x0,y0,x1,y1` texts.
+        image_view: of the rows; None is that of a clean index, else `stored`. Images alone are read as shown.
         out: file; its ending says what it is. kind: of a PNG. scale_max: top of the colour scale.
         source, layers, heads, rollout: see `Attention`; layers and heads as texts with commas.
     """
@@ -46,6 +48,7 @@ class LookSettings:
     boxes: tuple[str, ...] = ()
     rows: Path | None = None
     image_folder: Path | None = None
+    image_view: ImageView | None = None
     limit: int | None = None
     out: Path | None = None
     kind: str = "all"
@@ -115,7 +118,7 @@ def run_look(settings: LookSettings) -> dict[str, Any]:
         ConfigError, DataError, CheckpointError: with what to change.
     """
     settings.check()
-    images = [open_image(path) for path in settings.images]
+    images = [open_image(path, view="shown") for path in settings.images]
     model, processor = load(settings)
     found = look(
         model, processor, images, settings.question or "", attention=settings.attention, boxes=settings.box_values(),
@@ -160,7 +163,7 @@ def run_gallery(settings: LookSettings, on_progress: Progress | None = None) -> 
     settings.check()
     assert settings.rows is not None
     try:
-        rows = open_rows(settings.rows, settings.image_folder)
+        rows = open_rows(settings.rows, settings.image_folder, image_view=settings.image_view)
     except DataError:
         raise
     except ValueError as error:
@@ -208,7 +211,7 @@ def sample_card(
     name: str,
 ) -> str:
     """A row's first question, asked and drawn."""
-    images = [open_image(path) for path in sample.image_paths]
+    images = [open_image(path, view=sample.image_view) for path in sample.image_paths]
     text = sample.conversations[0].text
     found = look(
         model, processor, images, text, attention=attention, boxes=sample.boxes.tolist(),

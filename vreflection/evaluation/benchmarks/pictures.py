@@ -10,8 +10,11 @@ from pathlib import Path
 from PIL import Image
 
 from ...data.images import decode_image, open_image
+from ...data.pixels import ImageView
 
 Opener = Callable[[], Image.Image]
+# Gold boxes are in stored pixels, and published numbers were made from them. Kept in a run's manifest.
+IMAGE_VIEW: ImageView = "stored"
 _LIMIT = threading.RLock()
 
 
@@ -20,7 +23,7 @@ def picture_file(path: Path, max_pixels: int) -> Opener:
 
     def opened() -> Image.Image:
         with library_limit(max_pixels):
-            return open_image(path, max_pixels)
+            return open_image(path, max_pixels, view=IMAGE_VIEW)
 
     return opened
 
@@ -35,7 +38,7 @@ def decode_picture(data: bytes, name: str, max_pixels: int) -> Image.Image:
         DataError: reasons as `open_image`.
     """
     with library_limit(max_pixels):
-        return decode_image(data, name, max_pixels)
+        return decode_image(data, name, max_pixels, view=IMAGE_VIEW)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from ...errors import DataError
 from ..fingerprints import file_digest, listing_digest
 from ..records import Item
 from .choices import letter_of, split_lettered
-from .pictures import library_limit, picture_file
+from .pictures import IMAGE_VIEW, library_limit, picture_file
 from .source import REPAIR, Contents, Source, Spec, check_columns
 
 QUESTIONS = "test_questions.jsonl"
@@ -34,7 +34,7 @@ def read(folder: Path, max_pixels: int) -> Contents:
         question, options = split_lettered(row["text"].strip().removesuffix(ASKS), source)
         path = resolve_image_path(folder, "", row["image"])
         with library_limit(max_pixels):
-            size = image_size(path, max_pixels)
+            size = image_size(path, max_pixels, view=IMAGE_VIEW)
         boxes = path.with_suffix(".json")
         name = f"{row['category']}/{row['question_id']}"
         items.append(
