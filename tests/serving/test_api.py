@@ -1,5 +1,6 @@
 """OpenAI's interface, asked with OpenAI's own client: answers are the decoder's, errors have its shape."""
 
+import asyncio
 import base64
 import json
 import socket
@@ -481,6 +482,27 @@ def test_looks_come_as_soon_as_a_span_is_whole(hopping, tools):
                 client(server).chat.completions.create(**given, extra_body=asked)
         text = client(server).chat.completions.create(model="tiny", messages=[tools.user()], extra_body=latent)
         assert "maps" not in text.choices[0].latent  # nothing to look at
+
+
+def test_what_is_sent_counts_the_steps_of_its_spans_however_late_it_is_made(hopping, tools, monkeypatch):
+    from vreflection.serving.chat import ChatService
+
+    details = ChatService.details
+
+    async def late(self, job, choice, so_far=False):
+        await asyncio.sleep(0.2 * so_far)
+        return await details(self, job, choice, so_far)
+
+    monkeypatch.setattr(ChatService, "details", late)
+    with hopping(3, seconds=0.03) as server:
+        chunks = client(server).chat.completions.create(
+            model="tiny", messages=[tools.user("which?", tools.picture(3))], stream=True,
+            extra_body={"latent": {"include": ["hidden"]}},
+        )  # fmt: skip
+        latents = [getattr(chunk.choices[0], "latent", None) or {} for chunk in chunks]
+    parts = [part for part in latents if "hidden" in part]
+    assert parts[0]["spans"] > 1
+    assert all(part["steps"] >= 3 * part["spans"] for part in parts)
 
 
 def test_images_sent_again_are_not_opened_again(serve, tools, monkeypatch):

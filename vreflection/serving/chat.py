@@ -352,7 +352,9 @@ class ChatService:
             spans = 0 if answer.latents is None else len(answer.latents)
             if first == spans and (so_far or first):
                 return None
-            made: dict[str, Any] = {"steps": choice.steps, "spans": spans}
+            # The decoder may be ahead of the events that `choice` counts.
+            steps = answer.latent_steps_taken if so_far else choice.steps
+            made: dict[str, Any] = {"steps": steps, "spans": spans}
             if "hidden" in asked.include and answer.latents is not None and spans:
                 made["hidden"] = packed(answer.latents[first:])
             if "maps" in asked.include and self.maps is not None and job.prompt.image_grid_thw is not None:
