@@ -7,6 +7,7 @@ import json
 import logging
 import time
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from importlib import resources
@@ -18,8 +19,9 @@ from starlette.exceptions import HTTPException
 
 from .._version import __version__
 from .chat import ChatService, Choice, Job, SpanEnd, TextPiece, usage
-from .errors import ApiError
+from .errors import ApiError, bad
 from .guards import OPEN_PATHS, Guards
+from .media import preview
 from .metrics import Metrics
 from .schema import read_request
 from .settings import ServeSettings
@@ -29,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 PAGE = {"/": "index.html", "/page.js": "page.js", "/page.css": "page.css"}
 TYPES = {"html": "text/html; charset=utf-8", "js": "text/javascript; charset=utf-8", "css": "text/css; charset=utf-8"}
+# Pictures of the page that may be decoded or wait; in a thread of their own, so that answers do not wait for them.
+MAX_PREVIEWS = 4
 CSP = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -42,6 +46,7 @@ def create_app(service: ChatService, settings: ServeSettings, examples: list[dic
         examples: for the page: `{"title", "question", "image": data address, "boxes"}`, the boxes in hop order.
     """
     worker = service.worker
+    painter, previews = ThreadPoolExecutor(1, thread_name_prefix="previews"), 0
     metrics = Metrics(lambda: service.in_work, lambda: len(worker.decoder.rows))
 
     @asynccontextmanager
@@ -52,6 +57,7 @@ def create_app(service: ChatService, settings: ServeSettings, examples: list[dic
         finally:
             await asyncio.get_running_loop().run_in_executor(None, worker.stop)
             service.readers.shutdown(wait=False, cancel_futures=True)
+            painter.shutdown(wait=False, cancel_futures=True)
 
     app = FastAPI(title="vreflection", version=__version__, lifespan=life, docs_url=None, redoc_url=None)
     app.state.metrics, app.state.service = metrics, service
@@ -99,6 +105,26 @@ def create_app(service: ChatService, settings: ServeSettings, examples: list[dic
     async def page_examples() -> dict[str, Any]:
         shown = {"maps": service.maps is not None, "spans": settings.spans}
         return {"examples": examples or [], "model": model_card(), **shown}
+
+    @app.post("/image")
+    async def image(request: Request) -> Response:
+        """What the model gets of an image, for the page to draw: browsers turn and colour some files otherwise."""
+        nonlocal previews
+        if previews >= MAX_PREVIEWS:
+            raise ApiError(
+                429, f"expected at most {MAX_PREVIEWS} images at a time, got one more; try again in a second",
+                code="overloaded", headers={"Retry-After": "1"},
+            )  # fmt: skip
+        previews += 1
+        try:
+            body = await body_of(request)
+            url = body.get("image") if isinstance(body, dict) else None
+            if not isinstance(url, str):
+                raise bad('image: expected {"image": "data:image/…;base64,…"}, got no text of that name', "image")
+            picture = await asyncio.get_running_loop().run_in_executor(painter, preview, url, settings, "image")
+        finally:
+            previews -= 1
+        return Response(picture, media_type="image/png", headers={"Cache-Control": "no-store"})
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:

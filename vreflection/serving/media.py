@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import base64
 import binascii
+import io
 import ipaddress
 import re
 import socket
 from collections.abc import Callable
-from urllib.parse import urlsplit
+from urllib.parse import unquote_to_bytes, urlsplit
 
 from PIL import Image
 
@@ -17,7 +18,13 @@ from ..errors import DataError
 from .errors import ApiError, bad
 from .settings import ServeSettings
 
-_DATA = re.compile(r"data:(image/[a-z0-9.+-]{1,40})?((?:;[a-z0-9-]+=[^;,]{0,100})*);base64,", re.IGNORECASE)
+# What a file is, is read from its bytes; a browser calls those it does not know an octet stream.
+_DATA = re.compile(
+    r"data:(image/[a-z0-9.+-]{1,40}|application/octet-stream)?((?:;[a-z0-9-]+=[^;,]{0,100})*);base64,", re.IGNORECASE
+)
+_PLAIN_ALPHABET = bytes.maketrans(b"-_", b"+/")
+# The page draws on canvases of half this size; larger pictures would only take longer to send.
+PREVIEW_SIDE = 2048
 Resolver = Callable[[str, int], list[str]]
 
 
@@ -32,29 +39,46 @@ def image_bytes(url: str, settings: ServeSettings, param: str) -> bytes:
     if settings.remote_images and url[:8].lower().startswith(("http://", "https://")):
         return fetch(url, settings, param)
     allowed = "data:image/…;base64,…" + (" or an http(s) address" if settings.remote_images else "")
-    raise bad(f"expected {allowed}, got {url[:40]!r}; send the image's bytes", param, "invalid_image_url")
+    raise bad(f"{param}: expected {allowed}, got {url[:40]!r}; send the image's bytes", param, "invalid_image_url")
 
 
 def decode_image(content: bytes, settings: ServeSettings, param: str) -> Image.Image:
-    """An image's bytes as RGB.
+    """An image's bytes as RGB, as a viewer shows it.
 
     Raises:
         ApiError: no usable image.
     """
     try:
-        return images.decode_image(content, "the request", settings.max_pixels)
+        return images.decode_image(content, param, settings.max_pixels, view="shown")
     except DataError as error:
         raise bad(f"not a usable image ({error.reason}): {error.message}", param, "invalid_image") from None
 
 
 def data_bytes(url: str, param: str) -> bytes:
-    found = _DATA.match(url)
-    if found is None:
-        raise bad(f"expected data:image/…;base64,…, got {url[:40]!r}", param, "invalid_image_url")
+    """The bytes of a data address; its base64 in either alphabet, with or without padding and line breaks."""
+    head = _DATA.match(url)
+    if head is None:
+        raise bad(f"{param}: expected data:image/…;base64,…, got {url[:40]!r}", param, "invalid_image_url")
     try:
-        return base64.b64decode(url[found.end() :], validate=True)
+        text = url[head.end() :].encode("ascii")
+        text = unquote_to_bytes(text) if b"%" in text else text
+        text = text.translate(_PLAIN_ALPHABET, b" \t\r\n\f\v").rstrip(b"=")
+        return base64.b64decode(text + b"=" * (-len(text) % 4), validate=True)
     except (binascii.Error, ValueError) as error:
-        raise bad(f"expected base64 after the comma, got {error}", param, "invalid_image_url") from None
+        raise bad(f"{param}: expected base64 after the comma, got {error}", param, "invalid_image_url") from None
+
+
+def preview(url: str, settings: ServeSettings, param: str) -> bytes:
+    """The picture that the model gets of a data address, as a PNG to draw; large ones are made smaller.
+
+    Raises:
+        ApiError: no usable image.
+    """
+    image = decode_image(data_bytes(url, param), settings, param)
+    image.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
 
 
 def fetch(url: str, settings: ServeSettings, param: str, resolve: Resolver | None = None) -> bytes:

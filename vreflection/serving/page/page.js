@@ -131,35 +131,64 @@ function typedBox() {
   if (!wrong) setBox(values);
 }
 
+// What the server made of a file, so that what is drawn is what the model sees: a browser turns and colours some formats
+// otherwise, and shows some that the server refuses.
+async function decoded(url) {
+  const headers = { "Content-Type": "application/json" };
+  if ($("key").value) headers.Authorization = "Bearer " + $("key").value;
+  const response = await fetch("/image", { method: "POST", headers, body: JSON.stringify({ image: url }) });
+  if (!response.ok) throw new Error(await refusal(response));
+  return dataAddress(await response.blob());
+}
+
+function dataAddress(file) {
+  return new Promise((resolve, reject) => {
+    const reader = new FileReader();
+    reader.onload = () => resolve(reader.result);
+    reader.onerror = () => reject(new Error("The file could not be read."));
+    reader.readAsDataURL(file);
+  });
+}
+
 function openImage(url) {
   return new Promise((resolve, reject) => {
     const image = new Image();
     image.onload = () => resolve(image);
-    image.onerror = () => reject(new Error("This file is not an image the browser can show; choose a PNG, JPEG or WebP."));
+    image.onerror = () => reject(new Error("The picture that the server sent could not be shown."));
     image.src = url;
   });
 }
 
-async function setImage(url, boxes = []) {
+function setImage(url, boxes = []) {
+  state.loading = loadImage(url, boxes);
+  return state.loading;
+}
+
+async function loadImage(url, boxes) {
   state.wanted = url;
+  $("drop").setAttribute("aria-busy", true);
   try {
-    const image = await openImage(url);
+    const image = await openImage(await decoded(url));
     if (state.wanted !== url) return;  // another one was chosen meanwhile
     state.image = image;
     state.url = url;
     fail("");
     setBoxes(boxes);
+    return true;
   } catch (error) {
-    fail(error.message);
+    if (state.wanted === url) fail(error instanceof TypeError ? await silence() : error.message);
+    return false;
+  } finally {
+    if (state.wanted === url || !state.wanted) {
+      state.loading = null;
+      $("drop").removeAttribute("aria-busy");
+    }
   }
 }
 
-function readFile(file) {
+async function readFile(file) {
   if (!file) return;
-  const reader = new FileReader();
-  reader.onload = () => setImage(reader.result);
-  reader.onerror = () => fail("The file could not be read.");
-  reader.readAsDataURL(file);
+  try { await setImage(await dataAddress(file)); } catch (error) { fail(error.message); }
 }
 
 function listenToImage() {
@@ -176,7 +205,7 @@ function listenToImage() {
     if (file) { event.preventDefault(); readFile(file); }
   });
   $("file").addEventListener("change", () => { readFile($("file").files[0]); $("file").value = ""; });
-  $("remove").addEventListener("click", () => { state.image = state.url = null; setBoxes([]); $("file").focus(); });
+  $("remove").addEventListener("click", () => { state.image = state.url = state.wanted = null; setBoxes([]); $("file").focus(); });
   $("nobox").addEventListener("click", () => setBox(null));
   for (const id of EDGES) $(id).addEventListener("input", typedBox);
   const canvas = $("picture");
@@ -572,9 +601,11 @@ function keptLatents() {
   return Array.from({ length: state.spans }, (_, place) => (place === Number(hop) ? state.kept.spans[place] : null));
 }
 
-function submit(event) {
+async function submit(event) {
   event.preventDefault();
   fail("");
+  // A question asked while its image is on the way belongs to that image, and waits; if it is refused, nothing is asked.
+  if (state.loading && !(await state.loading) && state.wanted) return;
   const question = $("question").value.trim();
   if (!question) { fail("Type a question first."); return; }
   if (!state.model) { fail("The server has not answered yet; try again in a moment."); return; }
