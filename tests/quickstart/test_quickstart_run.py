@@ -203,8 +203,15 @@ def test_few_questions_and_visual_tokens_of_other_data_still_make_a_report(tmp_p
     metrics = Quickstart(load_quickstart(None, small), tmp_path, ignore).run()
     assert metrics["interventions"] == [] and len(metrics["examples"]) == 1
     assert metrics["examples"][0]["predicted_swapped"] is None
-    json.loads((tmp_path / "metrics.json").read_text(), parse_constant=pytest.fail)
     assert "With another image’s latents" not in (tmp_path / "report.html").read_text()
+
+
+def test_an_arm_that_diverged_leaves_json_that_every_reader_takes(tmp_path):
+    wild = ["arms.stage1.optimizer.learning_rate=1e30", "arms.stage1.trainer.max_grad_norm=0"]
+    wild += ["arms.stage1.trainer.max_steps=4", *(f"arms.{arm}=null" for arm in ARMS[2:])]
+    Quickstart(load_quickstart(None, [*TINY, *wild]), tmp_path, ignore).run()
+    for file in (tmp_path / "metrics.json", *(tmp_path / "results").iterdir()):
+        json.loads(file.read_text(), parse_constant=pytest.fail)
 
 
 def test_questions_without_a_partner_are_left_out_of_the_swaps(finished):

@@ -123,7 +123,7 @@ def test_a_shipped_study_is_shown_as_such(metrics, images):
     metrics["study"] = {
         "created": "2025-02-03", "command": "vreflection quickstart --study", "seeds": 5, "guess_in_image": 0.25,
         "arms": [{"label": "Latents", "style": "s0", "by_hops": points}],
-        "depth": [{"title": "2 layers", "series": [{"label": "Latents", "style": "s0", "by_hops": points}]}],
+        "depth": [{"title": "2 layers", "series": [{"label": "With feedback", "style": "s0", "by_hops": points}]}],
         "steps": {"level": 0.8, "series": [{"label": "Latents", "style": "s0", "steps": steps}]},
         "sentences": ["It says so."],
     }  # fmt: skip
@@ -138,6 +138,7 @@ def test_a_shipped_study_is_shown_as_such(metrics, images):
         "It says so.",
     ):
         assert phrase in page.words
+    assert page.words.count("With feedback") == 2  # the panel's description, and the key of the line styles
 
 
 def test_a_study_without_steps_until_a_level_shows_its_other_figures(metrics, images):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -238,9 +239,9 @@ def scored(name: str, correct: np.ndarray, samples: Sequence[Sample]) -> dict[st
 
 
 def loss_curve(history: list[dict[str, Any]]) -> list[dict[str, float]]:
-    """Logged rows with a loss, numbers only."""
+    """Logged rows with a loss, finite numbers only."""
     rows = [row for row in history if "loss" in row]
-    return [{k: float(v) for k, v in row.items() if isinstance(v, (int, float))} for row in rows]
+    return [{k: float(v) for k, v in row.items() if isinstance(v, (int, float)) and math.isfinite(v)} for row in rows]
 
 
 def measure_arm(arm: Arm, result: TrainResult, cache: Cache) -> dict[str, Any]:
@@ -327,6 +328,11 @@ def states_at_right_note(latents: Sequence[torch.Tensor | None], forced: Teacher
     return [{"hop": hop, **wilson(sum(hit), len(hit)).as_dict()} for hop, hit in sorted(hits.items())]
 
 
+def finite_maps(maps: Sequence[list[torch.Tensor] | None]) -> list[list[torch.Tensor] | None]:
+    """Attention per question; None also where an arm that diverged has no numbers, which a JSON file cannot hold."""
+    return [spans if spans is not None and all(span.isfinite().all() for span in spans) else None for spans in maps]
+
+
 def longest_path(samples: Sequence[Sample]) -> dict[str, np.ndarray]:
     """Per image, the boxes of all the notes that its questions lead to, in order."""
     paths: dict[str, np.ndarray] = {}
@@ -345,8 +351,8 @@ def measure_looks(
     boxes, candidates = [s.boxes.tolist() for s in test], [paths[s.image_paths[0]].tolist() for s in test]
     measured = {}
     for name, maps in (
-        ("free_running", free_running_maps(model, own, test, cache)),
-        ("teacher_forced", forced.student_maps),
+        ("free_running", finite_maps(free_running_maps(model, own, test, cache))),
+        ("teacher_forced", finite_maps(forced.student_maps)),
     ):
         measured[name] = {"by_hop": hop_grounding(maps, boxes, candidates)}
         looked = [(spans, own_boxes) for spans, own_boxes in zip(maps, boxes) if spans is not None]
@@ -383,7 +389,8 @@ def examples(model, processor, test: Sequence[Sample], cache: Cache, count: int)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="decoding with 0 latent steps")
         removed = decode(latent_steps=0, allow_other_latent_steps=True)
-    maps = free_running_maps(model, decoded, shown, cache) if model.config.traits.student else [None] * len(shown)
+    student = model.config.traits.student
+    maps = finite_maps(free_running_maps(model, decoded, shown, cache)) if student else [None] * len(shown)
     rows = []
     for place, sample in enumerate(shown):
         boxes = sample.boxes.tolist()
