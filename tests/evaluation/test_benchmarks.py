@@ -118,6 +118,20 @@ def test_vstar_boxes_are_shares_of_the_image(demo_root):
     assert items[3].gold == {"original": "B"} and items[3].id == "relative_position/3"
 
 
+def test_vstar_boxes_are_in_stored_pixels(demo, tmp_path):
+    """A photo that a viewer would turn keeps its pixels, and so its boxes keep their place."""
+    demo.write_vstar(tmp_path)
+    before = load("vstar", tmp_path).items[1]
+    (path,) = [path for path in tmp_path.rglob("*") if before.image_keys[0].endswith(f"/{path.name}")]
+    tags = Image.Exif()
+    tags[0x0112] = 6
+    with Image.open(path) as opened:
+        plain = opened.convert("RGB")
+    plain.save(path, exif=tags, **({} if path.suffix == ".png" else {"quality": 95}))
+    item = load("vstar", tmp_path).items[1]
+    assert item.boxes == before.boxes and item.images[0]().size == plain.size
+
+
 @pytest.mark.parametrize("name", ["hrbench4k", "hrbench8k"])
 def test_hrbench_rotations_share_an_image(demo, demo_root, name):
     items = load(name, demo_root).items

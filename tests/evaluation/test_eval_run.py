@@ -247,6 +247,18 @@ def test_damaged_runs_are_refused(evaluate, tmp_path):
     assert evaluate(out).returncode == 0
 
 
+def test_the_manifest_says_how_images_are_read(evaluate, tmp_path):
+    out = self_made_run(evaluate, tmp_path)
+    manifest = json.loads((out / "run.json").read_text())
+    assert manifest["notes"]["image_view"] == "stored"
+    del manifest["notes"]["image_view"]  # as before it was written down
+    (out / "run.json").write_text(json.dumps(manifest))
+    assert evaluate(out).returncode == 0
+    manifest["notes"]["image_view"] = "shown"
+    (out / "run.json").write_text(json.dumps(manifest))
+    assert "notes.image_view: 'shown' then, 'stored' now" in evaluate(out).stderr
+
+
 def test_an_unusable_image_costs_only_its_items(evaluate, demo, tmp_path, whole):
     data, out = demo.write_all(tmp_path / "data"), tmp_path / "run"
     image = data / "MMVP" / "MMVP Images" / "3.jpg"

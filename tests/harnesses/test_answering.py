@@ -128,3 +128,16 @@ def test_a_folder_that_is_no_kit(tmp_path, monkeypatch, capsys):
     assert ended.value.code == 2 and "expected a VLMEvalKit checkout with run.py" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="expected text and images, got video"):
         vlmevalkit.segments_of([{"type": "video", "value": "v"}])
+
+
+def test_photos_are_taken_upright_from_files_and_objects(answerer, tmp_path):
+    pixels, tags = np.random.default_rng(2).integers(0, 256, (84, 56, 3), dtype=np.uint8), Image.Exif()
+    tags[0x0112] = 6
+    Image.fromarray(np.rot90(pixels)).save(tmp_path / "side.png", exif=tags)
+    right = answerer.prompt(ChatQuestion([Image.fromarray(pixels), "which?"]))
+    with Image.open(tmp_path / "side.png") as opened:
+        for image in (tmp_path / "side.png", opened):
+            prompt = answerer.prompt(ChatQuestion([image, "which?"]))
+            assert prompt.image_grid_thw.tolist() == [[1, 6, 4]] and (prompt.pixel_values == right.pixel_values).all()
+    decoder = LatentDecoder(answerer.model, max_batch_size=1, processor=answerer.processor)
+    assert (decoder.prompt(("which?", [tmp_path / "side.png"])).pixel_values == right.pixel_values).all()

@@ -387,3 +387,45 @@ def test_a_gallery_is_made_card_by_card_and_goes_on(visualize, rows, tmp_path, m
 def test_a_limit(visualize, rows):
     told = json.loads(visualize(*rows, "--limit", 2, "--json").stdout)
     assert told["rows"] == 2 and told["with_maps"] == 2
+
+
+def side(path, width=84, height=112):
+    """A photo that lies on its side in the file, and its upright picture."""
+    upright, tags = photo(width, height), Image.Exif()
+    tags[0x0112] = 6
+    upright.transpose(Image.Transpose.ROTATE_90).save(path, exif=tags)
+    return upright
+
+
+@pytest.mark.parametrize("ending", ["png", "html"])
+def test_a_photo_is_asked_and_drawn_upright(visualize, tmp_path, ending):
+    side(tmp_path / "side.png").save(tmp_path / "upright.png")
+    made = []
+    for name in ("side.png", "upright.png"):
+        words = ("--image", name, "--question", "what?", "--force-latent", "--max-new-tokens", 4, "--json")
+        done = visualize(*words, "--box", "0.1,0.1,0.6,0.6", "--out", f"a.{ending}")
+        assert done.returncode == 0, done.stderr
+        made.append((json.loads(done.stdout), (tmp_path / f"a.{ending}").read_bytes()))
+    assert made[0] == made[1]
+
+
+def test_figures_turn_photos_as_the_processor_does(tmp_path):
+    upright, answer = side(tmp_path / "side.png"), looks()
+    with Image.open(tmp_path / "side.png") as opened:
+        assert look_figure(answer, [opened], "q").tobytes() == look_figure(answer, [upright], "q").tobytes()
+
+
+def test_a_gallery_reads_images_as_its_rows_do(visualize, rows, tmp_path, monkeypatch):
+    side(tmp_path / "0.png")
+    sizes, own = [], look_run.look
+
+    def noted(model, processor, images, question, **settings):
+        sizes.append(images[0].size)
+        return own(model, processor, images, question, **settings)
+
+    monkeypatch.setattr(look_run, "look", noted)
+    for number, (view, size) in enumerate((((), (112, 84)), (("--image-view", "shown"), (84, 112)))):
+        done = visualize(*rows[:-1], f"{number}.html", "--limit", 1, *view)
+        assert done.returncode == 0 and sizes[-1] == size, done.stderr
+    done = visualize(*rows, "--image-view", "upright")
+    assert done.returncode == 2 and "--image-view: expected shown or stored, got 'upright'" in done.stderr

@@ -58,10 +58,11 @@ def to_rgb(image: Image.Image, view: ImageView) -> Image.Image:
         DataError: `image-depth` for 32-bit integers and floats, whose white is unknown.
     """
     file = _FilePixels.of(image)
-    before = orientation(image)
+    # The library turns TIFF as it loads it, and then no longer reports the orientation. Others matter to one view only.
+    matters = view == "shown" or image.format == "TIFF"
+    before = orientation(image) if matters else 1
     _load(image)
-    # The library turns TIFF as it loads it, and then no longer reports the orientation.
-    after = orientation(image)
+    after = orientation(image) if matters else 1
     colours, alpha = _colours_and_alpha(image, file)
     profile = image.info.get("icc_profile") if view == "shown" else None
     rgb = _srgb(colours, profile)
@@ -72,8 +73,6 @@ def to_rgb(image: Image.Image, view: ImageView) -> Image.Image:
     turn = after if view == "shown" else _BACK.get(before, 1) if after != before else 1
     if turn in _TURNS:
         rgb = rgb.transpose(_TURNS[turn])
-    elif rgb is image:
-        rgb = rgb.copy()
     rgb.info = {}
     return rgb
 
