@@ -80,6 +80,7 @@ def test_no_usable_sample_at_all(settings):
         ({"optimizer": {"learning_rate": float("nan")}}, "optimizer.learning_rate: expected a finite number"),
         ({"optimizer": {"learning_rate": -1.0}}, "at least 0, got -1.0"),
         ({"data": {"max_length": 0}}, "data.max_length: expected at least 1"),
+        ({"data": {"image_view": "upright"}}, "data.image_view: expected shown or stored, got 'upright'"),
         ({1: 2}, "unknown keys"),
     ],
 )

@@ -9,9 +9,13 @@ from itertools import islice
 
 import pytest
 import yaml
+from PIL import Image
+from safetensors.torch import load_file
 
+from vreflection.data.check import check_rows, write_check
 from vreflection.data.packing import RankBatches
-from vreflection.errors import CheckpointError, ConfigError
+from vreflection.data.rows import open_rows
+from vreflection.errors import CheckpointError, ConfigError, DataError
 from vreflection.training.checkpoints import checkpoints_in
 from vreflection.training.config import settings_dict
 from vreflection.training.folder import check_resumed_settings
@@ -207,3 +211,25 @@ def test_skipped_steps_go_on_counting_after_a_resume(mixed):
     assert [row.get("skipped_steps") for row in result.history if "loss" in row] == [None, None, 3]
     after = json.loads((mixed.root / "counts" / "checkpoint-3" / "progress.json").read_text())
     assert after["guard"] == {"skipped": 3, "bad_in_a_row": 0}
+
+
+@pytest.mark.parametrize(("view", "grid"), [("stored", [1, 4, 8]), ("shown", [1, 8, 4])])
+def test_the_view_of_images_is_a_setting_that_the_run_keeps(mixed, view, grid):
+    tags = Image.Exif()
+    tags[0x0112] = 6
+    Image.effect_noise((112, 56), 60).convert("RGB").save(mixed.root / "images" / "side.jpg", exif=tags)
+    turns = [{"from": "human", "value": "<image>\nq?"}, {"from": "gpt", "value": "<lvr>\n<answer> 1 </answer>"}]
+    row = {"image": "side.jpg", "conversations": turns, "bboxes": [[0.1, 0.2, 0.6, 0.7]]}
+    (mixed.root / "side.json").write_text(json.dumps([row] * 2))
+    rows = open_rows(mixed.root / "side.json", mixed.root / "images", image_view=view)
+    clean, store = mixed.root / f"{view}.clean", mixed.root / f"store-{view}"
+    write_check(clean, check_rows(rows), rows, mixed.root / "images")
+    data = {"train": str(clean), "feature_store": str(store), "image_view": view}
+    train(mixed.settings(f"run-{view}", data=data, trainer={"max_steps": 1}))
+    (place,) = store.glob("*/*/*.safetensors")
+    assert load_file(place)["grid_thw"].tolist() == grid
+    (kept,) = (yaml.safe_load(path.read_text()) for path in (mixed.root / f"run-{view}").glob("*.yaml"))
+    assert kept["data"]["image_view"] == view
+    other = {**data, "image_view": "shown" if view == "stored" else "stored"}
+    with pytest.raises(DataError, match=rf"expected images read as they were checked \({view}\)"):
+        train(mixed.settings(f"other-{view}", data=other))
