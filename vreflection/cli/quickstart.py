@@ -23,7 +23,7 @@ def command(
     from_scratch: Annotated[
         bool, typer.Option(help="pre-train the base model instead of using the shipped one")
     ] = False,
-    seeds: Annotated[str | None, typer.Option(help="every arm over training seeds, such as 0,1,2: study.md")] = None,
+    seeds: Annotated[str | None, typer.Option(help="every arm with each of these seeds, such as 0,1,2")] = None,
     study: Annotated[bool, typer.Option("--study", help="the whole study: arms, seeds, depths, steps (hours)")] = False,
     groups: Annotated[str | None, typer.Option(help="of the study, only these groups, with commas")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print metrics as JSON, no bars")] = False,

@@ -265,8 +265,8 @@ def measure_latents(model, processor, decoded: Decoded, test: Sequence[Sample], 
 
     Interventions and teacher forcing on those questions of the first `images` images whose latents can be swapped.
     """
-    kept = list(dict.fromkeys(sample.image_paths[0] for sample in test))[:images]
-    part = [place for place, sample in enumerate(test) if sample.image_paths[0] in set(kept)]
+    first = set(list(dict.fromkeys(sample.image_paths[0] for sample in test))[:images])
+    part = [place for place, sample in enumerate(test) if sample.image_paths[0] in first]
     partners = sample_partners([test[place] for place in part])
     part = [place for place, partner in zip(part, partners) if partner is not None]
     questions, latents = [test[place] for place in part], [decoded.latents[place] for place in part]

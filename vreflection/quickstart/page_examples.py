@@ -27,12 +27,12 @@ def page_examples(count: int = 4) -> list[dict[str, Any]]:
 
     task = TASKS["follow_the_notes"]
     hops = [task.hops[-1 - place % 3] for place in range(count)]
-    made = []
+    examples = []
     for index, number in enumerate(hops):
         scene = scene_at(task, "test", index, 1)
         picture = io.BytesIO()
         Image.fromarray(scene.pixels_HWC).save(picture, "JPEG", quality=JPEG_QUALITY)
-        made.append(
+        examples.append(
             {
                 "title": f"{scene.notes[0].colour}, {number} hops",
                 "question": question_text(task, scene, number),
@@ -40,4 +40,4 @@ def page_examples(count: int = 4) -> list[dict[str, Any]]:
                 "boxes": [list(note.box) for note in task.path(scene, number)],
             }
         )
-    return made
+    return examples

@@ -350,8 +350,8 @@ def _dense_loss(logits: torch.Tensor, labels: torch.Tensor, name: str) -> torch.
 
 def _on_notes(logits: torch.Tensor, labels: torch.Tensor, name: str) -> float:
     """Accuracy over visual tokens that are not background."""
-    kept = (labels >= 0) & (labels != LABELS[name][0])
-    return float((logits.argmax(-1)[kept] == labels[kept]).float().mean())
+    on_note = (labels >= 0) & (labels != LABELS[name][0])
+    return float((logits.argmax(-1)[on_note] == labels[on_note]).float().mean())
 
 
 def validation_scenes(task_name: str, count: int, seed: int = 0) -> list[Scene]:

@@ -57,7 +57,7 @@ def claimed(folder: Path, main_process: bool) -> Iterator[None]:
             lock.seek(0)
             raise ConfigError(
                 f"output: another run ({lock.read().strip() or 'unknown'}) is writing to {str(folder)!r}; wait for it, "
-                "stop it, or --set output=<another folder>"
+                "stop it, or choose another output folder"
             ) from None
         except OSError as error:  # a file system without locks
             logger.info("output: %s cannot be locked (%s); start one run at a time there", folder, error)
