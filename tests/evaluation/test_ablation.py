@@ -15,7 +15,13 @@ from vreflection.engine.decoder import LatentDecoder
 from vreflection.errors import CheckpointError, ConfigError
 from vreflection.evaluation import ablation
 from vreflection.evaluation.ablation import Ablation, answer_places
-from vreflection.evaluation.ablation_run import AblationSettings, benchmark_questions, row_question, run_ablation
+from vreflection.evaluation.ablation_run import (
+    AblationSettings,
+    benchmark_questions,
+    row_question,
+    run_ablation,
+    settle,
+)
 from vreflection.evaluation.ablation_summary import markdown, mean_interval, sentences, summarize
 from vreflection.evaluation.asking import load_processor
 from vreflection.evaluation.interventions import (
@@ -30,6 +36,7 @@ from vreflection.evaluation.interventions import (
 )
 from vreflection.evaluation.latents import effective_rank, latent_shape, partners_of
 from vreflection.evaluation.protocol import load_protocol
+from vreflection.evaluation.raw_files import Shard, claimed
 from vreflection.evaluation.run import EvalSettings, load_model
 from vreflection.visualization.ablation_page import render_ablation
 
@@ -210,6 +217,17 @@ def test_rows_of_ones_own(tiny, checkpoint, tmp_path):
     assert result["summary"]["n"] == result["summary"]["opened"] == 2
     assert result["summary"]["grounding"]["mass"]["n"] == 2
     assert [row["name"] for row in result["summary"]["interventions"]] == ["own", "swap"]
+
+
+def test_a_file_in_the_folders_place_is_named(tmp_path):
+    (tmp_path / "taken").write_text("mine")
+    with pytest.raises(ConfigError, match=r"out: expected a folder that can be made, got .*taken"):
+        settle(tmp_path / "taken", {})
+    with (
+        pytest.raises(ConfigError, match=r"out: expected a folder that can be made, got .*taken"),
+        claimed(tmp_path / "taken", Shard(0, 1)),
+    ):
+        pass
 
 
 def test_what_applies_to_a_stage(tiny):

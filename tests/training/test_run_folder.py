@@ -51,6 +51,12 @@ def test_the_model_to_start_from_is_not_the_place_to_write_to(mixed):
         train(mixed.settings("base"))
 
 
+def test_a_file_in_the_folders_place_is_named(mixed):
+    (mixed.root / "taken").write_text("mine")
+    with pytest.raises(ConfigError, match=r"output: expected a folder .*taken.* \(a file of that name is in the way\)"):
+        train(mixed.settings("taken"))
+
+
 def test_two_runs_do_not_share_a_folder(mixed):
     folder = mixed.root / "busy"
     folder.mkdir()

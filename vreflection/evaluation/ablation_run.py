@@ -13,6 +13,7 @@ import torch
 
 from .._version import __version__
 from ..data.atomic import atomic_write
+from ..data.folders import make_folder
 from ..data.pixels import ImageView
 from ..data.rows import Rows, open_rows
 from ..data.template import extract_answer
@@ -132,7 +133,7 @@ def settle(out: Path, about: Mapping[str, Any]) -> None:
     if not path.exists():
         if (out / "run.json").exists():
             raise ConfigError(f"out: {str(out)!r} holds a run of vreflection eval; choose another folder")
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder(out)
         write(path, json.dumps(wanted, indent=1) + "\n")
         return
     try:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
+from ..data.folders import make_folder
 from ..errors import ConfigError, DataError
 from .records import RawAnswer
 
@@ -140,8 +141,9 @@ def claimed(out: Path, shard: Shard) -> Iterator[ExitStack]:
     Raises:
         ConfigError: the shard is being worked on, or the run is by another number of processes.
     """
+    make_folder(out)
     folder = out / LOCKS
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)
     with ExitStack() as whole, ExitStack() as setup:
         run = setup.enter_context((folder / "run").open("a+"))
         _lock(run, wait=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import shutil
 import time
@@ -21,9 +20,9 @@ from safetensors.torch import save
 
 from .._version import __version__
 from ..data.atomic import atomic_write
+from ..data.folders import make_folder
 from ..data.images import open_image
 from ..data.visual_cot import Sample, read_visual_cot
-from ..errors import ConfigError
 from ..model.modeling import VReflectionForConditionalGeneration
 from ..model.processor import VReflectionProcessor
 from ..visualization.report import write_report
@@ -255,16 +254,6 @@ def write_json(path: Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
         file.write(json.dumps(value, indent=1).encode())
-
-
-def make_folder(folder: Path) -> None:
-    """Make the folder of a run, or say which one to choose instead."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--out: expected a folder that can be made, got {folder} ({error.strerror})") from error
-    if not os.access(folder, os.W_OK):
-        raise ConfigError(f"--out: expected a folder that can be written to, got {folder}; choose another")
 
 
 def is_safetensors(path: Path) -> bool:

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from ..data.atomic import atomic_write
+from ..data.folders import make_folder
 from ..errors import ConfigError, DataError
 from ..training.config import apply_override, config_file, merge, read_values
 from ..training.values import convert
 from ..visualization.hop_charts import hops_chart, hops_text, standalone, steps_chart, steps_to_reach
 from .arms import Arm, do_arm, read_json
-from .run import STAMP, BaseModel, Quickstart, environment, make_folder, start_over, train_base, write_json
+from .run import STAMP, BaseModel, Quickstart, environment, start_over, train_base, write_json
 from .settings import QuickstartSettings, check_groups, quickstart_settings
 from .summary import guess_in_image
 from .tasks import task_named
@@ -176,7 +177,8 @@ def check_data_set(folder: Path, study: Study) -> None:
     differing = [key for key, value in wanted.items() if present is not None and present.get(key) != value]
     if present is not None and differing:
         words = ", ".join(f"{key} {present.get(key)}, not {wanted[key]}" for key in differing)
-        raise ConfigError(f"--out: {folder} holds a study of other questions ({words}); choose another, or add --fresh")
+        told = f"holds a study of other questions ({words}); choose another, or add --fresh"
+        raise ConfigError(f"out: {str(folder)!r} {told}")
 
 
 def start_study_over(folder: Path) -> None:

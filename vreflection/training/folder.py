@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from ..data.folders import make_folder
 from ..data.packing import BatchPlan
 from ..errors import CheckpointError, ConfigError
 from .checkpoints import checkpoints_in
@@ -49,7 +50,7 @@ def claimed(folder: Path, main_process: bool) -> Iterator[None]:
         yield
         return
     made = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, "output")
     with open(folder / LOCK, "a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
