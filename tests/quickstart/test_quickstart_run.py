@@ -19,7 +19,9 @@ from vreflection.quickstart import arms as arms_module
 from vreflection.quickstart.arms import by_hops, curriculum, overall
 from vreflection.quickstart.run import Quickstart, start_over
 from vreflection.quickstart.settings import load_quickstart, merge, quickstart_values
+from vreflection.quickstart.summary import hop_list
 from vreflection.quickstart.tasks import TASKS, hops_of, write_dataset
+from vreflection.training.folder import claimed
 
 ARMS = ("stage1", "stage2", "filler_aligned", "sft_curriculum", "chain")
 TINY = ["data.train=12", "data.test=6", "interventions=3", "examples=2", "workers=1"]
@@ -222,6 +224,16 @@ def test_questions_without_a_partner_are_left_out_of_the_swaps(finished):
     assert len(lonely) - 1 not in partners
 
 
+def test_two_runs_do_not_share_a_folder(finished):
+    folder, _, _, run = finished
+    with (
+        claimed(folder, main_process=True),
+        pytest.raises(ConfigError, match="another run .* is writing to"),
+    ):
+        run.run(fresh=True)
+    assert (folder / "metrics.json").exists()
+
+
 def test_starting_over_removes_only_its_own_files(tmp_path):
     own = ("arms/sft/config.json", "results/sft.json", "data/test.json", "metrics.json", "base-2-layers/config.json")
     for name in (*own, "visual_tokens-1-2.safetensors", "mine.txt"):
@@ -257,6 +269,11 @@ def test_a_curriculum_arm_trains_in_that_order(samples):
 def test_a_curriculum_needs_a_question_to_start_with(samples):
     with pytest.raises(ConfigError, match="expected questions without a hop"):
         curriculum([sample for sample in samples if hops_of(sample)], 10, 2, seed=1)
+
+
+@pytest.mark.parametrize(("hops", "words"), [([1], "1 hop"), ([3], "3 hops"), ([1, 2, 4], "1, 2, 4 hops")])
+def test_hops_are_listed_in_english(hops, words):
+    assert hop_list(hops) == words
 
 
 def test_accuracy_is_counted_by_hops_and_its_interval_knows_about_shared_images(samples):

@@ -34,7 +34,7 @@ def command(
     """
     from ..errors import ConfigError
     from ..model.compat import quiet_host_library
-    from ..quickstart.run import Quickstart, start_over
+    from ..quickstart.run import Quickstart
     from ..quickstart.settings import load_quickstart
     from .progress import PhaseBars
 
@@ -50,12 +50,10 @@ def command(
         return
     settings = load_quickstart(config, list(set_ or []), task)
     out = out or default_folder("quickstart", settings.task)
-    if fresh:
-        start_over(out)
     run = Quickstart(settings, out, _ignore, from_scratch)
     with PhaseBars(run.phases(), "quickstart", as_json) as bars:
         run.on_progress = bars.update
-        metrics = run.run()
+        metrics = run.run(fresh)
     if as_json:
         typer.echo(json.dumps({key: value for key, value in metrics.items() if key not in ("examples", "curves")}))
         return

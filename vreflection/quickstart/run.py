@@ -25,6 +25,7 @@ from ..data.images import open_image
 from ..data.visual_cot import Sample, read_visual_cot
 from ..model.modeling import VReflectionForConditionalGeneration
 from ..model.processor import VReflectionProcessor
+from ..training.folder import claimed
 from ..visualization.report import write_report
 from .arms import Arm, do_arm, examples, file_hash, image_tokens, read_json
 from .base import base_dir
@@ -80,8 +81,21 @@ class Quickstart:
     def shared(self) -> Path:
         return self.shared_folder or self.folder
 
-    def run(self) -> dict[str, Any]:
-        """Do what is not done yet; returns the metrics, also written to `metrics.json` beside `report.html`."""
+    def run(self, fresh: bool = False) -> dict[str, Any]:
+        """Do what is not done yet; returns the metrics, also written to `metrics.json` beside `report.html`.
+
+        Args:
+            fresh: start over instead.
+
+        Raises:
+            ConfigError: another process is at it in the same folder.
+        """
+        with claimed(self.folder, main_process=True):
+            if fresh:
+                start_over(self.folder)
+            return self.run_and_report()
+
+    def run_and_report(self) -> dict[str, Any]:
         started = time.perf_counter()
         results = self.run_arms()
         self.on_progress("report", 0, 1)
