@@ -34,10 +34,10 @@ class Odd:
     tolerance: int = 0
 
 
-def saved(image, kind, **options):
-    held = io.BytesIO()
-    image.save(held, kind, **options)
-    return held.getvalue()
+def encode(image, kind, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
 
 
 def png(width, height, depth, colour, rows, *chunks, interlaced=0, late=()):
@@ -86,8 +86,8 @@ def icc(kind, space, connection, tags):
 
 
 def text_tags(name):
-    described = b"desc\0\0\0\0" + struct.pack(">I", len(name) + 1) + name + b"\0" + bytes(4 + 4 + 2 + 1 + 67)
-    return [(b"desc", described), (b"cprt", b"text\0\0\0\0none\0")]
+    description = b"desc\0\0\0\0" + struct.pack(">I", len(name) + 1) + name + b"\0" + bytes(4 + 4 + 2 + 1 + 67)
+    return [(b"desc", description), (b"cprt", b"text\0\0\0\0none\0")]
 
 
 def xyz(*values):
@@ -134,7 +134,7 @@ def quadrants(orientation):
     return Image.fromarray(pixels_HWC)
 
 
-def turned(name, orientation, content, tolerance=0):
+def photo(name, orientation, content, tolerance=0):
     """The row of a photo that is to be turned."""
 
     def corners(names, width, height):
@@ -166,28 +166,28 @@ def orientations():
     for orientation in range(2, 9):
         picture = quadrants(orientation)
         for name, (kind, tolerance, options) in kinds.items():
-            yield turned(name, orientation, saved(picture, kind, exif=exif(orientation), **options), tolerance)
+            yield photo(name, orientation, encode(picture, kind, exif=exif(orientation), **options), tolerance)
         more = {"save_all": True, "append_images": [Image.new("RGB", picture.size)], "quality": 95, "subsampling": 0}
-        yield turned("mpo", orientation, saved(picture, "MPO", exif=exif(orientation), **more), 14)
+        yield photo("mpo", orientation, encode(picture, "MPO", exif=exif(orientation), **more), 14)
     for orientation in (3, 6):
         picture = quadrants(orientation)
         rows = [bytes(row) for row in np.asarray(picture).reshape(picture.height, -1)]
         chunk = (b"eXIf", exif(orientation).tobytes().removeprefix(b"Exif\0\0"))
-        yield turned("png-exif-first", orientation, png(*picture.size, 8, 2, rows, chunk))
-        yield turned("png-exif-last", orientation, png(*picture.size, 8, 2, rows, late=[chunk]))
+        yield photo("png-exif-first", orientation, png(*picture.size, 8, 2, rows, chunk))
+        yield photo("png-exif-last", orientation, png(*picture.size, 8, 2, rows, late=[chunk]))
         deep_HWC = np.repeat(np.asarray(picture.convert("L")), 2, axis=1).reshape(picture.height, -1)
         grey = tiff(*picture.size, [16], 1, deep_HWC.tobytes(), t274=(3, [orientation]))
-        yield grey_turned("tiff-16-bit", orientation, grey)
-        yield grey_turned("tiff-grey", orientation, saved(picture.convert("L"), "TIFF", exif=exif(orientation)))
-    damaged = exif(6).tobytes()[:14] + b"\xff" * 20
-    jpeg = saved(quadrants(1), "JPEG", exif=damaged, quality=95, subsampling=0)
-    yield turned("jpeg-damaged-exif-1", 1, jpeg, 14)
-    yield turned("jpeg-orientation-0", 1, saved(quadrants(1), "JPEG", exif=exif(0), quality=95, subsampling=0), 14)
-    yield turned("jpeg-orientation-9", 1, saved(quadrants(1), "JPEG", exif=exif(9), quality=95, subsampling=0), 14)
+        yield grey_photo("tiff-16-bit", orientation, grey)
+        yield grey_photo("tiff-grey", orientation, encode(picture.convert("L"), "TIFF", exif=exif(orientation)))
+    cut_exif = exif(6).tobytes()[:14] + b"\xff" * 20
+    jpeg = encode(quadrants(1), "JPEG", exif=cut_exif, quality=95, subsampling=0)
+    yield photo("jpeg-damaged-exif-1", 1, jpeg, 14)
+    yield photo("jpeg-orientation-0", 1, encode(quadrants(1), "JPEG", exif=exif(0), quality=95, subsampling=0), 14)
+    yield photo("jpeg-orientation-9", 1, encode(quadrants(1), "JPEG", exif=exif(9), quality=95, subsampling=0), 14)
 
 
-def grey_turned(name, orientation, content):
-    row = turned(name, orientation, content)
+def grey_photo(name, orientation, content):
+    row = photo(name, orientation, content)
     luma = {colour: Image.new("RGB", (1, 1), colour).convert("L").convert("RGB").getpixel((0, 0)) for colour in
             UPRIGHT.values()}  # fmt: skip
     shown, stored = ({place: luma[colour] for place, colour in view.items()} for view in (row.shown, row.stored))
@@ -230,10 +230,10 @@ def transparency():
     yield same("png-16-bit-clear", png(3, 1, 16, 0, [deep], clear(0x0808)), BLACK, WHITE, (8, 8, 8))
     colour, near = (0x1234, 0x5678, 0x9ABC), (0x1234, 0x5678, 0x9ABD)
     row = shorts(*colour, *near, 0, 0, 0)
-    wanted = (WHITE, (0x12, 0x56, 0x9A), BLACK)
-    yield same("png-16-bit-rgb-clear", png(3, 1, 16, 2, [row], clear(*colour)), *wanted)
+    pixels = (WHITE, (0x12, 0x56, 0x9A), BLACK)
+    yield same("png-16-bit-rgb-clear", png(3, 1, 16, 2, [row], clear(*colour)), *pixels)
     passes = [shorts(*colour), shorts(0, 0, 0), shorts(*near)]  # of Adam7: pixel 0, then 2, then 1
-    yield same("png-16-bit-rgb-clear-interlaced", png(3, 1, 16, 2, passes, clear(*colour), interlaced=1), *wanted)
+    yield same("png-16-bit-rgb-clear-interlaced", png(3, 1, 16, 2, passes, clear(*colour), interlaced=1), *pixels)
     small = shorts(0, 0, 5, 0, 0, 6, 0, 0, 5)
     yield same("png-16-bit-rgb-clear-dark", png(3, 1, 16, 2, [small], clear(0, 0, 5)), WHITE, BLACK, WHITE)
     rgb = bytes([1, 2, 3, 4, 5, 6, 1, 2, 3])
@@ -252,26 +252,26 @@ def transparency():
     deep = shorts(0xFFFF, 0, 0, 0x8080, 0, 0, 0, 0, 9 * 257, 9 * 257, 9 * 257, 0xFFFF)
     yield same("png-16-bit-rgba", png(3, 1, 16, 6, [deep]), (255, 127, 127), WHITE, (9, 9, 9), tolerance=1)
     rgba = line((255, 0, 0, 128), (9, 9, 9, 0), (1, 2, 3, 255), mode="RGBA")
-    wanted = ((255, 127, 127), WHITE, (1, 2, 3))
+    pixels = ((255, 127, 127), WHITE, (1, 2, 3))
     for name, kind, options in (("png", "PNG", {}), ("webp", "WEBP", {"lossless": True}), ("tiff", "TIFF", {})):
-        yield same(f"{name}-rgba", saved(rgba, kind, **options), *wanted, tolerance=1)
-    associated = bytes([128, 0, 0, 128, 0, 0, 0, 0, 1, 2, 3, 255])
-    yield same("tiff-rgb-associated", tiff(3, 1, [8] * 4, 2, associated, 4, t338=(3, [1])), *wanted, tolerance=1)
-    associated = bytes([64, 128, 0, 0, 9, 255])
-    wanted = (half, WHITE, (9, 9, 9))
-    content = tiff(3, 1, [8] * 2, 1, associated, 2, t338=(3, [1]))
+        yield same(f"{name}-rgba", encode(rgba, kind, **options), *pixels, tolerance=1)
+    premultiplied = bytes([128, 0, 0, 128, 0, 0, 0, 0, 1, 2, 3, 255])
+    yield same("tiff-rgb-associated", tiff(3, 1, [8] * 4, 2, premultiplied, 4, t338=(3, [1])), *pixels, tolerance=1)
+    premultiplied = bytes([64, 128, 0, 0, 9, 255])
+    pixels = (half, WHITE, (9, 9, 9))
+    content = tiff(3, 1, [8] * 2, 1, premultiplied, 2, t338=(3, [1]))
     with contextlib.suppress(UnidentifiedImageError):  # early versions of the library do not open it
         Image.open(io.BytesIO(content)).close()
-        yield same("tiff-grey-associated", content, *wanted, tolerance=1)
+        yield same("tiff-grey-associated", content, *pixels, tolerance=1)
     straight = bytes([128, 128, 0, 0, 9, 255])
-    yield same("tiff-grey-alpha", tiff(3, 1, [8] * 2, 1, straight, 2, t338=(3, [2])), *wanted, tolerance=1)
+    yield same("tiff-grey-alpha", tiff(3, 1, [8] * 2, 1, straight, 2, t338=(3, [2])), *pixels, tolerance=1)
     table = (3, [*(257 * c for c in (220, 30)), *[0] * 254, *(257 * c for c in (30, 190)), *[0] * 254,
                  *(257 * c for c in (30, 40)), *[0] * 254])  # fmt: skip
     palette_alpha = tiff(3, 1, [8] * 2, 3, bytes([0, 255, 1, 0, 1, 255]), 2, t338=(3, [2]), t320=table)
     yield same("tiff-palette-alpha", palette_alpha, RED, WHITE, (30, 190, 40))
     first = line(0, 1, 2, mode="P")
     first.putpalette([*RED, *GREEN, *BLUE])
-    gif = saved(first, "GIF", transparency=1, save_all=True, append_images=[flat("P", 2)], duration=50, loop=0)
+    gif = encode(first, "GIF", transparency=1, save_all=True, append_images=[flat("P", 2)], duration=50, loop=0)
     yield same("gif-animated-clear", gif, RED, WHITE, BLUE)
 
 
@@ -281,8 +281,8 @@ def depths():
         levels = shorts(0, 128 * 257, 65535, order=letter or ">")
         content = png(3, 1, 16, 0, [levels]) if letter is None else tiff(3, 1, [16], 1, levels)
         yield same(f"{kind}-16-bit-grey", content, *grey)
-    inverted = shorts(65535, 127 * 257, 0, order="<")
-    yield same("tiff-16-bit-white-is-zero", tiff(3, 1, [16], 0, inverted), *grey)
+    dark_first = shorts(65535, 127 * 257, 0, order="<")
+    yield same("tiff-16-bit-white-is-zero", tiff(3, 1, [16], 0, dark_first), *grey)
     yield same("tiff-8-bit-white-is-zero", tiff(3, 1, [8], 0, bytes([255, 127, 0])), *grey)
     yield same("tiff-1-bit-white-is-zero", tiff(3, 1, [1], 0, b"\xa0"), BLACK, WHITE, BLACK)
     twelve = tiff(3, 1, [12], 1, bytes([0x00, 0x08, 0x08, 0xFF, 0xF0]))
@@ -298,51 +298,51 @@ def depths():
     little = np.frombuffer(wide, ">u2").astype("<u2").tobytes()
     yield same("tiff-16-bit-rgb", tiff(3, 1, [16] * 3, 2, little, 3), WHITE, (0, 9, 0), BLACK)
     levels = np.array([[0, 128 * 257, 65535]], dtype=np.uint16)
-    compressed = saved(Image.fromarray(levels), "TIFF", compression="tiff_adobe_deflate")
-    yield same("tiff-16-bit-deflate", compressed, *grey)
+    content = encode(Image.fromarray(levels), "TIFF", compression="tiff_adobe_deflate")
+    yield same("tiff-16-bit-deflate", content, *grey)
 
 
 def colours():
-    p3, seen = display_p3(), (217, 42, 23)
+    p3, sight = display_p3(), (217, 42, 23)
     colour = (200, 60, 40)
     for name, kind, options in (
         ("png", "PNG", {}), ("jpeg", "JPEG", {"quality": 100, "subsampling": 0}), ("webp", "WEBP", {"lossless": True}),
         ("tiff", "TIFF", {}),
     ):  # fmt: skip
-        content = saved(flat("RGB", colour), kind, icc_profile=p3, **options)
-        yield same(f"{name}-display-p3", content, seen, stored=(colour,), tolerance=3)
-    clear = saved(line((200, 60, 40, 255), (200, 60, 40, 0), (200, 60, 40, 255), mode="RGBA"), "PNG", icc_profile=p3)
-    yield same("png-display-p3-alpha", clear, seen, WHITE, seen, stored=(colour, WHITE, colour), tolerance=2)
+        content = encode(flat("RGB", colour), kind, icc_profile=p3, **options)
+        yield same(f"{name}-display-p3", content, sight, stored=(colour,), tolerance=3)
+    clear = encode(line((200, 60, 40, 255), (200, 60, 40, 0), (200, 60, 40, 255), mode="RGBA"), "PNG", icc_profile=p3)
+    yield same("png-display-p3-alpha", clear, sight, WHITE, sight, stored=(colour, WHITE, colour), tolerance=2)
     palette = flat("P", 0)
     palette.putpalette(colour)
-    yield same("png-display-p3-palette", saved(palette, "PNG", icc_profile=p3), seen, stored=(colour,), tolerance=2)
-    grey = saved(line(0, 55, 255, mode="L"), "PNG", icc_profile=linear_grey())
-    wanted = (BLACK, (128, 128, 128), WHITE)
-    yield same("png-linear-grey", grey, *wanted, stored=(BLACK, (55, 55, 55), WHITE), tolerance=1)
+    yield same("png-display-p3-palette", encode(palette, "PNG", icc_profile=p3), sight, stored=(colour,), tolerance=2)
+    grey = encode(line(0, 55, 255, mode="L"), "PNG", icc_profile=linear_grey())
+    pixels = (BLACK, (128, 128, 128), WHITE)
+    yield same("png-linear-grey", grey, *pixels, stored=(BLACK, (55, 55, 55), WHITE), tolerance=1)
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    yield same("png-srgb", saved(flat("RGB", colour), "PNG", icc_profile=srgb), colour, tolerance=1)
+    yield same("png-srgb", encode(flat("RGB", colour), "PNG", icc_profile=srgb), colour, tolerance=1)
     for name, profile in (("broken", b"no profile at all" * 20), ("cut", p3[:300]), ("cmyk", grey_inks())):
-        yield same(f"jpeg-profile-{name}", saved(flat("RGB", colour, (16, 16)), "JPEG", quality=100, subsampling=0,
+        yield same(f"jpeg-profile-{name}", encode(flat("RGB", colour, (16, 16)), "JPEG", quality=100, subsampling=0,
                    icc_profile=profile), colour, tolerance=3, size=(16, 16))  # fmt: skip
     inks = flat("CMYK", (255, 0, 0, 0), (16, 16))
-    cyan, printed = (0, 255, 255), (119, 119, 119)
-    yield same("jpeg-cmyk", saved(inks, "JPEG", quality=100), cyan, tolerance=3, size=(16, 16))
-    profiled = saved(inks, "JPEG", quality=100, icc_profile=grey_inks())
-    yield same("jpeg-cmyk-profile", profiled, printed, stored=(cyan,), tolerance=3, size=(16, 16))
-    profiled = saved(inks, "TIFF", icc_profile=grey_inks())
-    yield same("tiff-cmyk-profile", profiled, printed, stored=(cyan,), tolerance=2, size=(16, 16))
+    cyan, grey_ink = (0, 255, 255), (119, 119, 119)
+    yield same("jpeg-cmyk", encode(inks, "JPEG", quality=100), cyan, tolerance=3, size=(16, 16))
+    content = encode(inks, "JPEG", quality=100, icc_profile=grey_inks())
+    yield same("jpeg-cmyk-profile", content, grey_ink, stored=(cyan,), tolerance=3, size=(16, 16))
+    content = encode(inks, "TIFF", icc_profile=grey_inks())
+    yield same("tiff-cmyk-profile", content, grey_ink, stored=(cyan,), tolerance=2, size=(16, 16))
     # Stored as luminance, two differences, black: the same numbers under another transform in Adobe's marker.
-    plain = saved(flat("CMYK", (55, 127, 127, 0), (16, 16)), "JPEG", quality=100)
+    plain = encode(flat("CMYK", (55, 127, 127, 0), (16, 16)), "JPEG", quality=100)
     at = plain.index(b"Adobe") + 11
     yield same("jpeg-ycck", plain[:at] + b"\2" + plain[at + 1 :], (55, 55, 55), tolerance=3, size=(16, 16))
-    lab = saved(flat("LAB", (128, 128, 128)), "TIFF")
-    yield same("tiff-lab", lab, printed, tolerance=2)
+    lab = encode(flat("LAB", (128, 128, 128)), "TIFF")
+    yield same("tiff-lab", lab, grey_ink, tolerance=2)
 
 
 def frames():
     first, second = line(RED, GREEN, BLUE), flat("RGB", (9, 9, 9))
     for kind, options in (("PNG", {}), ("WEBP", {"lossless": True}), ("TIFF", {})):
-        content = saved(first, kind, save_all=True, append_images=[second], **options)
+        content = encode(first, kind, save_all=True, append_images=[second], **options)
         yield same(f"{kind.lower()}-frames", content, RED, GREEN, BLUE)
 
 

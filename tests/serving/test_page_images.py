@@ -77,9 +77,9 @@ def test_every_format_and_orientation_is_drawn_upright(page):
     for name in [name for name in names if name in ROWS]:
         page.click("#remove") if page.locator("#remove").is_visible() else None
         drop(page, ROWS[name].content)
-        found = page.locator("#picture").evaluate(CORNERS)
-        assert found["size"][0] * 2 == found["size"][1] * 3, name
-        for pixel, colour in zip(found["pixels"], odd_images.UPRIGHT.values()):
+        drawing = page.locator("#picture").evaluate(CORNERS)
+        assert drawing["size"][0] * 2 == drawing["size"][1] * 3, name
+        for pixel, colour in zip(drawing["pixels"], odd_images.UPRIGHT.values()):
             assert near(pixel, colour, 14), (name, pixel, colour)
 
 
@@ -95,7 +95,7 @@ def test_colours_and_transparency_are_drawn_as_the_model_gets_them(page):
 
 @pytest.mark.parametrize("name", ["png-6", "webp-8", "tiff-6", "png-5"])
 def test_box_and_share_lie_on_the_upright_picture(page, site, tools, name):
-    upright = address(odd_images.saved(odd_images.quadrants(1), "PNG"))
+    upright = address(odd_images.encode(odd_images.quadrants(1), "PNG"))
     body = {"model": "tiny", "messages": [tools.user("which?", upright)], "max_tokens": 128}
     answer = httpx.post(f"{site.base}/chat/completions", json={**body, "latent": {"include": ["maps"]}}).json()
     (maps,) = answer["choices"][0]["latent"]["maps"]["images"]

@@ -34,9 +34,9 @@ def near(pixel, colour, tolerance):
 @pytest.mark.parametrize("name", [name for name in ROWS if name.endswith(("-3", "-6", "p3", "bit", "clear"))])
 def test_requests_and_previews_are_what_a_viewer_shows(name):
     row = ROWS[name]
-    decoded = media.decode_image(media.data_bytes(address(row.content), "x"), SETTINGS, "x")
-    drawn = Image.open(io.BytesIO(media.preview(address(row.content), SETTINGS, "x")))
-    for image in (decoded, drawn):
+    request_image = media.decode_image(media.data_bytes(address(row.content), "x"), SETTINGS, "x")
+    preview_image = Image.open(io.BytesIO(media.preview(address(row.content), SETTINGS, "x")))
+    for image in (request_image, preview_image):
         assert image.size == row.shown_size
         assert all(near(image.getpixel(place), colour, row.tolerance) for place, colour in row.shown.items())
 
@@ -70,10 +70,10 @@ def test_a_photo_is_answered_as_its_upright_picture(server, tools):
         return answer["usage"]["prompt_tokens"], answer["choices"][0]["message"]["content"]
 
     pixels = np.random.default_rng(3).integers(0, 256, (56, 112, 3), dtype=np.uint8)
-    upright = prompt_and_text(address(odd_images.saved(Image.fromarray(pixels), "PNG")))
+    upright = prompt_and_text(address(odd_images.encode(Image.fromarray(pixels), "PNG")))
     for kind, options in (("PNG", {}), ("WEBP", {"lossless": True}), ("TIFF", {})):
         photo = Image.fromarray(np.rot90(pixels))
-        content = odd_images.saved(photo, kind, exif=odd_images.exif(6), **options)
+        content = odd_images.encode(photo, kind, exif=odd_images.exif(6), **options)
         assert prompt_and_text(address(content)) == upright
 
 
@@ -83,9 +83,9 @@ def test_the_preview_passes_the_guards_and_has_limits(serve, tools, monkeypatch)
         body = {"image": tools.picture()}
         assert httpx.post(url, json=body).status_code == 401
         assert httpx.post(url, content=json.dumps(body), headers=key).status_code == 415
-        made = httpx.post(url, json=body, headers=key)
-        assert made.headers["content-type"] == "image/png" and made.headers["cache-control"] == "no-store"
-        assert Image.open(io.BytesIO(made.content)).size == (84, 56)
+        answer = httpx.post(url, json=body, headers=key)
+        assert answer.headers["content-type"] == "image/png" and answer.headers["cache-control"] == "no-store"
+        assert Image.open(io.BytesIO(answer.content)).size == (84, 56)
         for wrong, message in (
             ({"image": tools.picture(width=400)}, "image-too-large"),
             ({"image": "https://example.org/a.png"}, "image: expected data:image/"),
@@ -97,12 +97,12 @@ def test_the_preview_passes_the_guards_and_has_limits(serve, tools, monkeypatch)
             assert answer.status_code == 400 and message in answer.json()["error"]["message"]
         release, real = threading.Event(), app_module.preview
         monkeypatch.setattr(app_module, "preview", lambda *rest: (release.wait(20), real(*rest))[1])
-        asking = [
+        clients = [
             threading.Thread(target=httpx.post, args=(url,), kwargs={"json": body, "headers": key, "timeout": 30})
             for _ in range(app_module.MAX_PREVIEWS)
         ]
-        for one in asking:
-            one.start()
+        for client in clients:
+            client.start()
         statuses = []
         while 429 not in statuses and len(statuses) < 200:
             try:
@@ -110,13 +110,13 @@ def test_the_preview_passes_the_guards_and_has_limits(serve, tools, monkeypatch)
             except httpx.TimeoutException:
                 statuses.append(None)
         release.set()
-        for one in asking:
-            one.join()
+        for client in clients:
+            client.join()
         assert 429 in statuses
         assert httpx.post(url, json=body, headers=key, timeout=30).status_code == 200
 
 
 def test_large_previews_are_made_smaller():
-    large = odd_images.saved(Image.new("RGB", (3000, 1500), (9, 99, 199)), "PNG")
-    drawn = Image.open(io.BytesIO(media.preview(address(large), ServeSettings(), "x")))
-    assert drawn.size == (2048, 1024) and drawn.getpixel((5, 5)) == (9, 99, 199)
+    large = odd_images.encode(Image.new("RGB", (3000, 1500), (9, 99, 199)), "PNG")
+    preview_image = Image.open(io.BytesIO(media.preview(address(large), ServeSettings(), "x")))
+    assert preview_image.size == (2048, 1024) and preview_image.getpixel((5, 5)) == (9, 99, 199)

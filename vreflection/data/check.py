@@ -104,7 +104,7 @@ class CheckReport:
             lines.append(f"  {reason}: {len(errors)}")
             lines += [f"    {error}" for error in errors[:examples]]
             lines += [f"    and {len(errors) - examples} more"] if len(errors) > examples else []
-        lines.append(self._told_view())
+        lines.append(self._view_line())
         if counts["rows_without_image"]:
             lines.append(f"rows of text only: {counts['rows_without_image']}")
         if counts["repeated_question_ids"]:
@@ -119,20 +119,20 @@ class CheckReport:
                 lines.append(f"{label}: " + ", ".join(f"{name} {value:.4g}" for name, value in counts[key].items()))
         return "\n".join(lines)
 
-    def _told_view(self) -> str:
+    def _view_line(self) -> str:
         """In which frame boxes are read, and for how many photos that makes a difference."""
         frame = {
             "stored": "images as stored, without EXIF orientation",
             "shown": "images as a viewer shows them, upright",
         }[self.image_view]
         photos = {0: "no photo is rotated", 1: "1 photo is rotated"}
-        told = (
+        line = (
             f"boxes are read in {frame}; {photos.get(self.rotated_images, f'{self.rotated_images} photos are rotated')}"
         )
         if self.rotated_images:
             other = "shown" if self.image_view == "stored" else "stored"
-            told += f" (if their boxes were drawn on images as {other}: --image-view {other})"
-        return told
+            line += f" (if their boxes were drawn on images as {other}: --image-view {other})"
+        return line
 
     def _by_count(self) -> list[tuple[str, list[DataError]]]:
         return sorted(self.dropped.items(), key=lambda item: (-len(item[1]), item[0]))

@@ -251,8 +251,6 @@ def _by_profile(colours: Image.Image, profile: bytes) -> Image.Image:
         return colours.convert("RGB")
     pixels = colours.convert("RGB") if space == "RGB" else colours
     target = ImageCms.createProfile("sRGB")
-    converted = ImageCms.profileToProfile(
-        pixels, source, target, ImageCms.Intent.RELATIVE_COLORIMETRIC, outputMode="RGB"
-    )
-    assert converted is not None
-    return converted
+    srgb = ImageCms.profileToProfile(pixels, source, target, ImageCms.Intent.RELATIVE_COLORIMETRIC, outputMode="RGB")
+    assert srgb is not None
+    return srgb

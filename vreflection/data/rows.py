@@ -309,8 +309,8 @@ def _check_same_view(clean: CleanIndex, path: Path, image_view: ImageView) -> No
         command = f"vreflection data check --data {clean.data} --image-view {image_view} --out {path}"
         raise DataError(
             "file-view",
-            f"expected images read as they were checked ({clean.image_view}), got {image_view}; set it to "
-            f"{clean.image_view}, or run `{command}`",
+            f"expected images read as they were checked ({clean.image_view}), got {image_view}; set data.image_view or "
+            f"--image-view to {clean.image_view}, or run `{command}`",
             str(path),
         )
 

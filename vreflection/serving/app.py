@@ -110,6 +110,10 @@ def create_app(service: ChatService, settings: ServeSettings, examples: list[dic
     async def image(request: Request) -> Response:
         """What the model gets of an image, for the page to draw: browsers turn and colour some files otherwise."""
         nonlocal previews
+        body = await body_of(request)
+        url = body.get("image") if isinstance(body, dict) else None
+        if not isinstance(url, str):
+            raise bad('image: expected {"image": "data:image/…;base64,…"}, got no text of that name', "image")
         if previews >= MAX_PREVIEWS:
             raise ApiError(
                 429, f"expected at most {MAX_PREVIEWS} images at a time, got one more; try again in a second",
@@ -117,10 +121,6 @@ def create_app(service: ChatService, settings: ServeSettings, examples: list[dic
             )  # fmt: skip
         previews += 1
         try:
-            body = await body_of(request)
-            url = body.get("image") if isinstance(body, dict) else None
-            if not isinstance(url, str):
-                raise bad('image: expected {"image": "data:image/…;base64,…"}, got no text of that name', "image")
             picture = await asyncio.get_running_loop().run_in_executor(painter, preview, url, settings, "image")
         finally:
             previews -= 1

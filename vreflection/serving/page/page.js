@@ -133,7 +133,7 @@ function typedBox() {
 
 // What the server made of a file, so that what is drawn is what the model sees: a browser turns and colours some formats
 // otherwise, and shows some that the server refuses.
-async function decoded(url) {
+async function serverPicture(url) {
   const headers = { "Content-Type": "application/json" };
   if ($("key").value) headers.Authorization = "Bearer " + $("key").value;
   const response = await fetch("/image", { method: "POST", headers, body: JSON.stringify({ image: url }) });
@@ -159,36 +159,38 @@ function openImage(url) {
   });
 }
 
-function setImage(url, boxes = []) {
-  state.loading = loadImage(url, boxes);
+// `source`: a file or a data address.
+function setImage(source, boxes = []) {
+  state.loading = loadImage(source, boxes);
   return state.loading;
 }
 
-async function loadImage(url, boxes) {
-  state.wanted = url;
+// Whether the image is shown now; it is not if the server refuses it, or another one was chosen meanwhile.
+async function loadImage(source, boxes) {
+  state.wanted = source;
   $("drop").setAttribute("aria-busy", true);
   try {
-    const image = await openImage(await decoded(url));
-    if (state.wanted !== url) return;  // another one was chosen meanwhile
+    const url = typeof source === "string" ? source : await dataAddress(source);
+    const image = await openImage(await serverPicture(url));
+    if (state.wanted !== source) return false;
     state.image = image;
     state.url = url;
     fail("");
     setBoxes(boxes);
     return true;
   } catch (error) {
-    if (state.wanted === url) fail(error instanceof TypeError ? await silence() : error.message);
+    if (state.wanted === source) fail(error instanceof TypeError ? await silence() : error.message);
     return false;
   } finally {
-    if (state.wanted === url || !state.wanted) {
+    if (state.wanted === source || !state.wanted) {
       state.loading = null;
       $("drop").removeAttribute("aria-busy");
     }
   }
 }
 
-async function readFile(file) {
-  if (!file) return;
-  try { await setImage(await dataAddress(file)); } catch (error) { fail(error.message); }
+function readFile(file) {
+  if (file) setImage(file);
 }
 
 function listenToImage() {
@@ -605,7 +607,9 @@ async function submit(event) {
   event.preventDefault();
   fail("");
   // A question asked while its image is on the way belongs to that image, and waits; if it is refused, nothing is asked.
-  if (state.loading && !(await state.loading) && state.wanted) return;
+  let ready = true;
+  while (state.loading) ready = await state.loading;
+  if (!ready && state.wanted) return;
   const question = $("question").value.trim();
   if (!question) { fail("Type a question first."); return; }
   if (!state.model) { fail("The server has not answered yet; try again in a moment."); return; }
