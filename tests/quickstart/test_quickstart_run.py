@@ -235,13 +235,23 @@ def test_two_runs_do_not_share_a_folder(finished):
 
 
 def test_starting_over_removes_only_its_own_files(tmp_path):
-    own = ("arms/sft/config.json", "results/sft.json", "data/test.json", "metrics.json", "base-2-layers/config.json")
-    for name in (*own, "visual_tokens-1-2.safetensors", "mine.txt"):
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("{}")
+    own = ("arms/sft/train_settings.yaml", "results/sft.json", "data/written.json", "data/images/notes/test_00000.jpg")
+    own += ("metrics.json", "base-2-layers/training_log.json", "visual_tokens-1-2.safetensors")
+    for name in own:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text('{"fingerprint": ""}')
+    (tmp_path / "mine.txt").write_text("mine")
     start_over(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_starting_over_spares_folders_of_the_same_names(tmp_path):
+    mine = {"arms/own/config.json", "results/own.json", "data/photo.jpg", "base/config.json"}
+    for name in mine:
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text("{}")
+    start_over(tmp_path)
+    assert {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()} == mine
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import platform
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
@@ -39,6 +40,7 @@ from .workers import run_jobs
 
 Progress = Callable[[str, int, int], None]
 FEATURE_BATCH = 32
+TRAINING_LOG = "training_log.json"  # of a base model that was pre-trained here
 STAMP = "written.json"  # in the data folder, last: which data set it holds
 # Seconds on one core, for the length of progress bars only.
 EXPECTED = {"pre-training": 900.0, "data": 10.0, "visual tokens": 20.0, "report": 12.0}
@@ -280,13 +282,20 @@ def is_safetensors(path: Path) -> bool:
 
 
 def start_over(folder: Path) -> None:
-    """Remove what earlier runs left in `folder`: only what the quickstart itself writes there."""
+    """Remove what earlier runs left in `folder`: other files stay, in folders of these names too."""
     make_folder(folder)
-    for name in ("data", "arms", "results", "base"):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    for name in ("metrics.json", "report.html"):
-        (folder / name).unlink(missing_ok=True)
-    for tokens in folder.glob("visual_tokens-*.safetensors"):
-        tokens.unlink()
-    for base in folder.glob("base-*-layers"):
-        shutil.rmtree(base, ignore_errors=True)
+    marks = [folder / "data" / STAMP, folder / "base" / TRAINING_LOG, *folder.glob(f"base-*-layers/{TRAINING_LOG}")]
+    for mark in (*marks, *folder.glob("arms/*/train_settings.yaml")):
+        if mark.exists():
+            shutil.rmtree(mark.parent)
+    results = [file for file in folder.glob("results/*.json") if "fingerprint" in (read_json(file) or {})]
+    for file in (
+        *results,
+        *folder.glob("visual_tokens-*.safetensors"),
+        folder / "metrics.json",
+        folder / "report.html",
+    ):
+        file.unlink(missing_ok=True)
+    for name in ("arms", "results"):
+        with suppress(OSError):  # holds something else, or is not there
+            (folder / name).rmdir()
