@@ -22,7 +22,6 @@ PAGES = sorted(
 # Not tables that a command writes, nor the list of changes.
 WRITTEN = [page for page in PAGES if page.name != "CHANGELOG.md" and page.parent in (ROOT, DOCS, ROOT / "bench")]
 # Figures of a whole study, which the pages name before they are drawn.
-TO_COME = {"docs/images/looks-over-hops.png", "docs/images/accuracy-over-hops.svg"}
 
 
 def name(page: Path) -> str:
@@ -51,7 +50,7 @@ def test_relative_links_resolve(page):
         path, _, anchor = target.partition("#")
         place = (page.parent / path).resolve() if path else page
         assert place.is_relative_to(ROOT), f"{name(page)}: {target} leads out of the repository"
-        assert place.exists() or name(place) in TO_COME, f"{name(page)}: {target} does not exist"
+        assert place.exists(), f"{name(page)}: {target} does not exist"
         if anchor:
             assert anchor in anchors(place), f"{name(page)}: {target} names no heading"
 

@@ -4,12 +4,15 @@ import shutil
 import statistics
 import time
 import xml.etree.ElementTree as ET
+from pathlib import Path
 
 import pytest
 
 from vreflection.errors import ConfigError, DataError
+from vreflection.quickstart.run import STUDY
 from vreflection.quickstart.settings import quickstart_values
 from vreflection.quickstart.study import (
+    accuracy_table,
     collect_rows,
     load_study,
     mean_interval,
@@ -20,6 +23,7 @@ from vreflection.quickstart.study import (
     sentences,
     start_study_over,
     steps_per_hop,
+    summarize,
     write_figures,
 )
 from vreflection.quickstart.workers import run_jobs
@@ -242,3 +246,19 @@ def test_an_interrupt_waits_for_no_job():
     with pytest.raises(KeyboardInterrupt):
         run_jobs(sleep, {"short": 0, "long": 120}, {}, 2, lambda *_: None, interrupt)
     assert time.monotonic() - started < 60
+
+
+# What was published
+
+RESULTS = Path(__file__).parents[2] / "bench" / "results" / "cpu" / "follow_the_notes"
+
+
+@pytest.mark.skipif(not RESULTS.exists(), reason="the raw rows are part of a checkout only")
+def test_docs_and_report_say_what_the_raw_rows_say():
+    rows = [json.loads(line) for line in (RESULTS / "rows.jsonl").read_text().splitlines()]
+    shown = json.loads(STUDY.read_text(encoding="utf-8"))
+    assert json.loads(json.dumps(published(rows, shown["created"], shown["command"]))) == shown
+    page = (RESULTS.parents[3] / "docs" / "when-latents-help.md").read_text(encoding="utf-8")
+    assert accuracy_table(summarize(rows)) in page
+    figure = (RESULTS.parents[3] / "docs" / "images" / "accuracy-over-hops.svg").read_text(encoding="utf-8")
+    assert all(line["label"] in figure for line in shown["arms"])

@@ -198,31 +198,31 @@ def test_hops_are_walked_through_with_the_slider_and_the_filmstrip(hops_site, vi
     first = ask_example(page)
     which, look, slider = first.locator(".which"), first.locator(".look"), first.locator("input[type=range]")
     expect(which).to_have_text("mean of all latent steps")
-    means = ", ".join(f"hop {hop + 1} {share(hop_maps[hop].mean(0), hop)}" for hop in range(3))
+    means = ", ".join(f"look {hop + 1} {share(hop_maps[hop].mean(0), hop)}" for hop in range(3))
     expect(first.locator(".inside")).to_have_text(f"In its own box: {means}.")
     pictures = [look.evaluate("canvas => canvas.toDataURL()")]
     assert slider.get_attribute("max") == "9"
     for number in range(9):
         slider.press("ArrowRight")
         hop, step = divmod(number, 3)
-        name = f"hop {hop + 1} of 3, step {step + 1} of 3"
+        name = f"look {hop + 1} of 3, step {step + 1} of 3"
         expect(which).to_have_text(name)
         assert slider.get_attribute("aria-valuetext") == name
         inside, mean = share(hop_maps[hop, step], hop), share(hop_maps[hop].mean(0), hop)
         expect(first.locator(".inside")).to_have_text(
-            f"{inside} of this attention is in box {hop + 1} (mean of the hop {mean})."
+            f"{inside} of this attention is in box {hop + 1} (mean of the look {mean})."
         )
         pictures.append(look.evaluate("canvas => canvas.toDataURL()"))
     assert len(set(pictures)) == 10
     frames = first.locator(".film button")
     expect(frames).to_have_text(
-        [f"hop {hop + 1}\n{share(hop_maps[hop].mean(0), hop)} in its box" for hop in range(3)], use_inner_text=True
+        [f"look {hop + 1}\n{share(hop_maps[hop].mean(0), hop)} in its box" for hop in range(3)], use_inner_text=True
     )
     seen = {frame.evaluate("button => button.firstChild.toDataURL()") for frame in frames.all()}
     assert len(seen) == 3
     frames.nth(1).focus()
     page.keyboard.press("Enter")
-    expect(which).to_have_text("hop 2 of 3, mean of its steps")
+    expect(which).to_have_text("look 2 of 3, mean of its steps")
     assert [frame.get_attribute("aria-pressed") for frame in frames.all()] == ["false", "true", "false"]
     assert slider.input_value() == "4"
     assert look.evaluate("canvas => canvas.toDataURL()") not in pictures
@@ -250,7 +250,7 @@ def test_looks_play_and_pause(hops_site, visit):
     moving = visit(hops_site, reduced_motion="no-preference")
     first = ask_example(moving)
     expect(first.locator(".play")).to_have_text("Pause")
-    expect(first.locator(".which")).to_have_text("hop 3 of 3, step 3 of 3", timeout=10000)
+    expect(first.locator(".which")).to_have_text("look 3 of 3, step 3 of 3", timeout=10000)
     expect(first.locator(".play")).to_have_text("Play")
 
 
@@ -260,7 +260,7 @@ def test_hops_are_shown_as_they_come(hopping, tools, visit):
         upload(page, tools)
         ask(page, force=False)
         frames = card(page).locator(".film button")
-        expect(card(page).locator(".progress")).to_contain_text("looking again: hop 2, step")
+        expect(card(page).locator(".progress")).to_contain_text("looking again: look 2, step")
         expect(card(page).locator(".look")).to_be_visible()
         assert card(page).locator(".film").is_hidden()  # one hop so far
         expect(frames).to_have_count(2)
@@ -293,7 +293,7 @@ def test_a_box_for_each_hop(hops_site, visit, tools):
     page = visit(hops_site)
     first = ask_example(page)
     hops = page.locator("#hops button")
-    expect(hops).to_have_text(["hop 1", "hop 2", "hop 3", "Add the next hop’s box"])
+    expect(hops).to_have_text(["look 1", "look 2", "look 3", "Add the next look’s box"])
     hops.nth(1).click()
     assert [page.input_value(f"#{name}") for name in ("x0", "y0", "x1", "y1")] == ["40", "0", "100", "50"]
     before = first.locator(".film button").nth(1).inner_text()
@@ -304,11 +304,11 @@ def test_a_box_for_each_hop(hops_site, visit, tools):
     hops.nth(3).click()
     for name, value in (("x0", "0"), ("y0", "0"), ("x1", "100"), ("y1", "100")):
         page.fill(f"#{name}", value)
-    expect(hops).to_have_text(["hop 1", "hop 2", "hop 3", "hop 4", "Add the next hop’s box"])
+    expect(hops).to_have_text(["look 1", "look 2", "look 3", "look 4", "Add the next look’s box"])
     page.click("#nobox")
     expect(hops).to_have_count(0)
     expect(first.locator(".inside")).to_have_text("")
-    expect(first.locator(".film button").first).to_have_text("hop 1")
+    expect(first.locator(".film button").first).to_have_text("look 1")
     page.locator("#examples button").first.click()  # as it was, whatever was drawn
     expect(hops).to_have_count(4)
     hops.nth(1).click()
@@ -319,8 +319,8 @@ def test_latents_of_one_hop_are_kept(hops_site, visit):
     page = visit(hops_site)
     first = ask_example(page)
     first.locator(".keep").click()
-    expect(page.locator("#kepthop option")).to_have_text(["all hops", "hop 1", "hop 2", "hop 3"])
-    for choice, kept in (("all hops", [True] * 3), ("hop 2", [False, True, *[False] * 6])):
+    expect(page.locator("#kepthop option")).to_have_text(["all looks", "look 1", "look 2", "look 3"])
+    for choice, kept in (("all looks", [True] * 3), ("look 2", [False, True, *[False] * 6])):
         page.select_option("#kepthop", label=choice)
         with page.expect_request("**/chat/completions") as sent:
             page.click("#send")

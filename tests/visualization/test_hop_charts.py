@@ -63,4 +63,4 @@ def test_longer_training_is_a_longer_line_and_never_is_said():
     first, second = (line for line in of_class(svg, "s1", "line") if line.get("x1") == "76")
     assert float(first.get("x2")) < float(second.get("x2"))
     assert "not reached" in "".join(ET.fromstring(svg).itertext())
-    assert "Fillers, 1 hops: not reached in 900 steps" in ET.fromstring(svg).find("desc").text
+    assert "Fillers, 1 hop: not reached in 900 steps" in ET.fromstring(svg).find("desc").text

@@ -55,7 +55,7 @@ SHAPES = [(160, 40), (40, 160), (28, 28), (3840, 2160), (120, 120), (2000, 10)]
 
 
 @pytest.mark.parametrize("size", SHAPES)
-@pytest.mark.parametrize("kind", ["all", "hops", "steps", "mean", "queries"])
+@pytest.mark.parametrize("kind", ["all", "looks", "steps", "mean", "queries"])
 def test_every_kind_opens_again_at_every_shape(tmp_path, size, kind):
     figure = look_figure(looks(), [photo(*size)], "what is it?", kind)
     path = write_figure(figure, tmp_path / "figure.png")
@@ -109,23 +109,23 @@ def test_rows_of_a_figure_with_several_hops():
     assert len({round(share, 3) for hop in shares for share in hop}) == 6
     rows = panel_rows(answer)
     assert [row.title for row in rows] == [
-        "mean over latent steps", "hop 1 of 3", "hop 2 of 3", "hop 3 of 3", "teacher of box 1, per query",
+        "mean over latent steps", "look 1 of 3", "look 2 of 3", "look 3 of 3", "teacher of box 1, per query",
         "teacher of box 2, per query", "teacher of box 3, per query",
     ]  # fmt: skip
     words = [[f"{100 * share:.0f} % in box" for share in [*hop, sum(hop) / 2]] for hop in shares]
-    assert labels(rows[0]) == ["image and boxes", "mean", *(f"hop {n + 1}, mean: {words[n][2]}" for n in range(3))]
+    assert labels(rows[0]) == ["image and boxes", "mean", *(f"look {n + 1}, mean: {words[n][2]}" for n in range(3))]
     for hop, row in enumerate(rows[1:4]):
-        steps = [f"hop {hop + 1}, step {step + 1}: {words[hop][step]}" for step in range(2)]
+        steps = [f"look {hop + 1}, step {step + 1}: {words[hop][step]}" for step in range(2)]
         assert labels(row) == [*steps, f"teacher of box {hop + 1}: mean"]
         assert [panel.span for panel in row.panels] == [hop] * 3
         assert np.array_equal(row.panels[1].heat, answer.maps[0][2 * hop + 1])
     assert [labels(row) for row in panel_rows(answer, "steps")] == [labels(row)[:2] for row in rows[1:4]]
-    (hops,) = panel_rows(answer, "hops")
+    (hops,) = panel_rows(answer, "looks")
     assert labels(hops)[0] == "image and boxes" and [panel.span for panel in hops.panels] == [None, 0, 1, 2]
     (means,) = panel_rows(answer, "mean")
-    assert labels(means)[2:4] == [f"hop 1, mean: {words[0][2]}", "teacher of box 1: mean"]
+    assert labels(means)[2:4] == [f"look 1, mean: {words[0][2]}", "teacher of box 1: mean"]
     assert [row.title for row in panel_rows(answer, "queries")] == [
-        title for n in (1, 2, 3) for title in (f"teacher of box {n}, per query", f"hop {n} of 3")
+        title for n in (1, 2, 3) for title in (f"teacher of box {n}, per query", f"look {n} of 3")
     ]
 
 
@@ -133,10 +133,10 @@ def test_a_box_alone_belongs_to_every_hop_and_boxes_may_lie_in_two_images():
     alone = looks(steps=2, spans=2)
     assert alone.in_own_box() == alone.in_box() and alone.shares() == alone.in_boxes()
     assert labels(panel_rows(alone)[2])[2] == "teacher: mean"
-    assert [row.title for row in panel_rows(alone, "queries")] == ["teacher, per query", "hop 1 of 2", "hop 2 of 2"]
+    assert [row.title for row in panel_rows(alone, "queries")] == ["teacher, per query", "look 1 of 2", "look 2 of 2"]
     fewer = looks(boxes=HOP_BOXES[:2], steps=2, spans=3)
     assert fewer.in_own_box()[4:] == [None, None] and None not in fewer.in_own_box()[:4]
-    assert labels(panel_rows(fewer)[3]) == ["hop 3, step 1", "hop 3, step 2"]
+    assert labels(panel_rows(fewer)[3]) == ["look 3, step 1", "look 3, step 2"]
     two = replace(looks(sizes=((4, 4), (4, 4)), boxes=HOP_BOXES, steps=2, spans=3), box_images=(0, 1, 0))
     assert [share is None for share in two.shares(0)] == [False, False, True, True, False, False]
     assert [share is None for share in two.shares(1)] == [True, True, False, False, True, True]
@@ -164,7 +164,7 @@ def test_each_hop_shows_its_own_box_with_its_number():
 
 
 @pytest.mark.parametrize("size", SHAPES[:3])
-@pytest.mark.parametrize("kind", ["all", "hops", "steps", "mean", "queries"])
+@pytest.mark.parametrize("kind", ["all", "looks", "steps", "mean", "queries"])
 def test_figures_and_frames_of_several_hops(size, kind):
     answer = looks(boxes=HOP_BOXES, steps=2, spans=3)
     figure = look_figure(answer, [photo(*size)], "start at the red note , follow 2 times : what digit ?", kind)
@@ -177,9 +177,9 @@ def test_figures_and_frames_of_several_hops(size, kind):
 def test_a_page_groups_steps_by_hop():
     answer = looks(sizes=((4, 4), (2, 6)), boxes=HOP_BOXES, steps=2, spans=3)
     page = render_card(answer, [photo(), photo()], "q")
-    assert re.findall(r"<h4>(.*?)</h4>", page) == ["Hop 1", "Hop 2", "Hop 3"] * 2
+    assert re.findall(r"<h4>(.*?)</h4>", page) == ["Look 1", "Look 2", "Look 3"] * 2
     assert page.count('class="step"') == 12 and page.count('type="range"') == 2 and page.count('max="6"') == 2
-    assert page.count("Attention at each latent step, hop 2, image 1") == 1
+    assert page.count("Attention at each latent step, look 2, image 1") == 1
     assert page.count('<span class="meter"') == 6 and page.count("teacher of box 2: mean</span>") == 1
     assert "<h4>" not in render_card(looks(), [photo()], "q")
 
@@ -259,7 +259,7 @@ def test_an_answer_without_a_span():
         look_figure(empty, [photo()], "q")
     with pytest.raises(ConfigError, match="queries needs the teacher's maps"):
         look_figure(looks(teacher=False), [photo()], "q", "queries")
-    with pytest.raises(ConfigError, match="kind: expected one of all, hops, steps, mean, queries"):
+    with pytest.raises(ConfigError, match="kind: expected one of all, looks, steps, mean, queries"):
         look_figure(looks(), [photo()], "q", "everything")
 
 
@@ -330,7 +330,7 @@ def test_shares_are_printed_hop_by_hop():
     one = _told({**result, "span": [0, 0], "in_box": [0.5, 0.25]})
     assert "in the box per step: 50 %, 25 %\n" in one
     two = _told({**result, "span": [0, 0, 1], "in_box": [0.5, 0.25, None]})
-    assert "in the box per step: hop 1: 50 %, 25 %; hop 2: –\n" in two
+    assert "in the box per step: look 1: 50 %, 25 %; look 2: –\n" in two
 
 
 def test_a_model_without_latents(visualize, tiny, tmp_path):

@@ -15,7 +15,7 @@ def command(
     question: Annotated[str | None, typer.Option(help="what to ask about the image")] = None,
     box: Annotated[
         list[str] | None,
-        typer.Option(help="x0,y0,x1,y1 as fractions of the (first) image; again for the box of the next hop"),
+        typer.Option(help="x0,y0,x1,y1 as fractions of the (first) image; again for the box of the next look"),
     ] = None,
     rows: Annotated[Path | None, typer.Option(help="training rows: a gallery of all of them instead")] = None,
     image_folder: Annotated[Path | None, typer.Option(help="root of the images of --rows")] = None,
@@ -26,7 +26,7 @@ def command(
     out: Annotated[
         Path | None, typer.Option(help="a .png, .gif, .webp or .html file [default: looks.png, or looks.html for rows]")
     ] = None,
-    kind: Annotated[str, typer.Option(help="of a .png: all, hops, steps, mean, queries")] = "all",
+    kind: Annotated[str, typer.Option(help="of a .png: all, looks, steps, mean, queries")] = "all",
     source: Annotated[str, typer.Option(help="auto (the student if there is one), student, language-model")] = "auto",
     layers: Annotated[str | None, typer.Option(help="of the language model, such as 12,13 [default: mean]")] = None,
     heads: Annotated[str | None, typer.Option(help="of the language model, such as 0,5 [default: mean]")] = None,
@@ -72,8 +72,8 @@ def _told(result: dict) -> str:
     inside = ""
     if result["in_box"]:
         words = ["–" if share is None else f"{100 * share:.0f} %" for share in result["in_box"]]
-        hops = range(max(result["span"]) + 1)
-        own = [", ".join(word for word, span in zip(words, result["span"]) if span == hop) for hop in hops]
-        of_hops = own if len(own) == 1 else [f"hop {hop + 1}: {text}" for hop, text in enumerate(own)]
-        inside = f"\nin the box per step: {'; '.join(of_hops)}"
+        spans = range(max(result["span"]) + 1)
+        own = [", ".join(word for word, span in zip(words, result["span"]) if span == look) for look in spans]
+        of_looks = own if len(own) == 1 else [f"look {look + 1}: {text}" for look, text in enumerate(own)]
+        inside = f"\nin the box per step: {'; '.join(of_looks)}"
     return f"answer: {result['answer'].strip()}\nattention: {result['attention']}{inside}\n{result['out']}"

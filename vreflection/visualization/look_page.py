@@ -82,9 +82,9 @@ def _image(looks: Looks, photo: Image.Image, number: int, rows, weight: float, n
         "name": name,
         "size": photo.size,
         "views": pictures(mean.panels),
-        "hops": [
+        "spans": [
             {
-                "title": f"Hop {span + 1}" if looks.spans > 1 else "",
+                "title": f"Look {span + 1}" if looks.spans > 1 else "",
                 "steps": pictures(row.panels[: counts[span]]),
                 "teacher": pictures(row.panels[counts[span] :]),
             }

@@ -14,7 +14,7 @@ from .attention_maps import Looks
 from .overlays import attention_overlay, outline_box
 from .svg import percent
 
-KINDS = ("all", "hops", "steps", "mean", "queries")
+KINDS = ("all", "looks", "steps", "mean", "queries")
 # Words under a map are of no use below this, and an image that is very long would leave nothing of the other side.
 SHORTEST_SIDE = 16
 
@@ -46,9 +46,9 @@ def panel_rows(looks: Looks, kind: str = "all") -> list[PanelRow]:
     """Rows of a figure.
 
     Args:
-        kind: `mean` (photograph, mean over steps, mean of the teacher), `hops` (photograph, mean of each span), `steps`
-            (one map per latent step), `queries` (per query of the teacher its map, and below it what the step of that
-            number looks at), or `all`. With several spans, a row per span, and a mean for each.
+        kind: `mean` (photograph, mean over steps, mean of the teacher), `looks` (photograph, mean of each span),
+            `steps` (one map per latent step), `queries` (per query of the teacher its map, and below it what the step
+            of that number looks at), or `all`. With several spans, a row per span, and a mean for each.
 
     Raises:
         ConfigError: an unknown kind, an answer without a finished span, or `queries` without a teacher's map.
@@ -69,8 +69,8 @@ def panel_rows(looks: Looks, kind: str = "all") -> list[PanelRow]:
     for image in range(len(looks.maps)):
         name = f"Image {image + 1} of {len(looks.maps)}: " if len(looks.maps) > 1 else ""
         queries = _teacher_rows(looks, image, name)
-        if kind in ("all", "mean", "hops"):
-            title = "looks, hop by hop" if kind == "hops" and looks.spans > 1 else "mean over latent steps"
+        if kind in ("all", "mean", "looks"):
+            title = "looks, one by one" if kind == "looks" and looks.spans > 1 else "mean over latent steps"
             rows.append(PanelRow(f"{name}{title}", image, _mean_panels(looks, image, kind)))
         if kind in ("all", "steps"):
             rows += _step_rows(looks, image, name, with_teacher=kind == "all")
@@ -103,11 +103,11 @@ def scale_top(rows: Sequence[PanelRow], given: float | None = None) -> float:
 
 
 def step_labels(looks: Looks) -> list[str]:
-    """`step 1` and so on, with the hop where there are several spans."""
+    """`step 1` and so on, with the look where there are several spans."""
     labels, counts = [], [0] * looks.spans
     for span in looks.span:
         counts[span] += 1
-        labels.append(f"{_hop(looks, span)}step {counts[span]}")
+        labels.append(f"{_look(looks, span)}step {counts[span]}")
     return labels
 
 
@@ -147,8 +147,8 @@ def tile(image: Image.Image, side: int) -> Image.Image:
     return image.resize((size[0], size[1]), Image.Resampling.LANCZOS)
 
 
-def _hop(looks: Looks, span: int) -> str:
-    return f"hop {span + 1}, " if looks.spans > 1 else ""
+def _look(looks: Looks, span: int) -> str:
+    return f"look {span + 1}, " if looks.spans > 1 else ""
 
 
 def _with_share(label: str, share: float | None) -> str:
@@ -174,7 +174,7 @@ def _step_rows(looks: Looks, image: int, name: str, with_teacher: bool = False) 
     for span in range(looks.spans):
         own = [panel for panel in panels if panel.span == span]
         own += _teacher_panel(looks, image, span, with_teacher)
-        rows.append(PanelRow(f"{name}hop {span + 1} of {looks.spans}", image, tuple(own)))
+        rows.append(PanelRow(f"{name}look {span + 1} of {looks.spans}", image, tuple(own)))
     return rows
 
 
@@ -191,10 +191,10 @@ def _mean_panels(looks: Looks, image: int, kind: str) -> tuple[Panel, ...]:
     maps = looks.maps[image]
     words = "image and boxes" if len(boxes) > 1 and looks.spans > 1 else "image and box"
     panels = [Panel(words if boxes else "image")]
-    # Of several boxes the mean over all hops has no one to be in.
+    # Of several boxes the mean over all looks has no one to be in.
     own_boxes = looks.spans > 1 and len(looks.boxes) > 1
     share = None if shares is None or own_boxes else _mean_share(shares)
-    if kind != "hops" or looks.spans < 2:
+    if kind != "looks" or looks.spans < 2:
         panels.append(Panel(_with_share("mean", share), maps.mean(0).numpy(), None, share))
     if looks.spans < 2:
         panels += [Panel(f"{words}: mean", heats.mean(0)) for _, words, heats in _teacher_of(looks, image)]
@@ -202,7 +202,7 @@ def _mean_panels(looks: Looks, image: int, kind: str) -> tuple[Panel, ...]:
     for span in range(looks.spans):
         steps = [step for step, place in enumerate(looks.span) if place == span]
         share = None if shares is None else _mean_share([shares[step] for step in steps])
-        label = f"hop {span + 1}" if kind == "hops" else f"hop {span + 1}, mean"
+        label = f"look {span + 1}" if kind == "looks" else f"look {span + 1}, mean"
         panels.append(Panel(_with_share(label, share), maps[steps].mean(0).numpy(), span, share))
         panels += _teacher_panel(looks, image, span, kind == "mean")
     return tuple(panels)

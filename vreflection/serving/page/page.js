@@ -9,7 +9,7 @@ const RAMP = [
 ];
 const PACE = 500;  // milliseconds a look stays while they play
 const EDGES = ["x0", "y0", "x1", "y1"];
-// `boxes` in the order of the hops, `hop` the one that mouse and fields change. A box alone belongs to every hop.
+// `boxes` in the order of the looks, `hop` the one that mouse and fields change. A box alone belongs to every hop.
 const state = {
   image: null, url: null, boxes: [], hop: 0, kept: null, running: new Set(), cards: new Set(), model: null, maps: false, spans: 8,
 };
@@ -101,12 +101,12 @@ function showBoxes() {
 function showHops() {
   const count = state.boxes.length;
   const buttons = count > 1 || state.hop ? Array.from({ length: Math.max(count, state.hop + 1) }, (_, hop) => {
-    const button = plainButton(`hop ${hop + 1}`, () => setBoxes(state.boxes, hop));
+    const button = plainButton(`look ${hop + 1}`, () => setBoxes(state.boxes, hop));
     button.setAttribute("aria-pressed", hop === state.hop);
     return button;
   }) : [];
   if (count && state.hop < count && count < state.spans) {
-    buttons.push(plainButton("Add the next hop’s box", () => { setBoxes(state.boxes, count); $("x0").focus(); }));
+    buttons.push(plainButton("Add the next look’s box", () => { setBoxes(state.boxes, count); $("x0").focus(); }));
   }
   // A button that is drawn anew keeps the keyboard's place.
   const focused = [...$("hops").children].indexOf(document.activeElement);
@@ -418,7 +418,7 @@ class Card {
       .map((place) => [this.boxOf(place), numbered ? place + 1 : null]);
     if (hop === null) return { name: "mean of all latent steps", map: meanOf(this.steps), boxes: numbered ? boxes : boxes.slice(0, 1) };
     const own = this.stepsOf(hop);
-    const place = many ? `hop ${hop + 1} of ${this.hops}` : "";
+    const place = many ? `look ${hop + 1} of ${this.hops}` : "";
     if (step === null) {
       return { name: many ? `${place}, mean of its steps` : "mean of all latent steps", map: this.meanOfHop(hop), boxes };
     }
@@ -434,8 +434,8 @@ class Card {
     }
     const { hop } = this.view;
     const ofHop = (number) => percent(this.share(this.meanOfHop(number), this.boxOf(number)));
-    if (hop === null) return `In its own box: ${boxes.map(([, number]) => `hop ${number} ${ofHop(number - 1)}`).join(", ")}.`;
-    const mean = this.view.step === null ? "" : ` (mean of the hop ${ofHop(hop)})`;
+    if (hop === null) return `In its own box: ${boxes.map(([, number]) => `look ${number} ${ofHop(number - 1)}`).join(", ")}.`;
+    const mean = this.view.step === null ? "" : ` (mean of the look ${ofHop(hop)})`;
     return `${percent(this.share(map, boxes[0][0]))} of this attention is in box ${hop + 1}${mean}.`;
   }
 
@@ -461,7 +461,7 @@ class Card {
     if (button.dataset.drawn !== key) this.paint(canvas, { map, boxes }, 2.2);
     button.dataset.drawn = key;
     canvas.setAttribute("aria-hidden", "true");
-    caption.textContent = `hop ${hop + 1}` + (box ? `\n${percent(this.share(map, box))} in its box` : "");
+    caption.textContent = `look ${hop + 1}` + (box ? `\n${percent(this.share(map, box))} in its box` : "");
     button.setAttribute("aria-pressed", this.view.hop === hop);
   }
 
@@ -572,7 +572,7 @@ function take(chunk, card) {
   for (const choice of chunk.choices) {
     const latent = choice.latent;
     if (choice.delta.content) { card.progress("answering …"); card.add(choice.delta.content); }
-    if (latent && latent.step) card.progress(`looking again: hop ${latent.span + 1}, step ${latent.span_step} …`);
+    if (latent && latent.step) card.progress(`looking again: look ${latent.span + 1}, step ${latent.span_step} …`);
     if (latent && latent.steps !== undefined) card.looks(latent);
     if (choice.finish_reason) card.end(choice.finish_reason);
   }
@@ -584,8 +584,8 @@ function busy() {
 
 function keep(card) {
   state.kept = { spans: card.hidden, question: card.question };
-  const hops = card.hidden.map((_, hop) => new Option(`hop ${hop + 1}`, hop));
-  $("kepthop").replaceChildren(new Option("all hops", "all", true, true), ...hops);
+  const hops = card.hidden.map((_, hop) => new Option(`look ${hop + 1}`, hop));
+  $("kepthop").replaceChildren(new Option("all looks", "all", true, true), ...hops);
   $("keptline").hidden = hops.length < 2;
   $("keptof").textContent = `“${card.question}”`;
   const context = $("keptpicture").getContext("2d");
