@@ -193,10 +193,14 @@ def test_what_is_published_says_what_the_rows_say(tmp_path):
     rows += [measured("fairest", "filler_aligned_x3", 0, [0.9, 0.3], 900)]
     rows += [measured("long", "filler_aligned_long", 0, [0.9, 0.5], 6000, [(250, 0.9, 0.1), (6000, 0.9, 0.5)])]
     shown = published(rows, "2025-01-01", "command")
-    assert [line["label"] for line in shown["arms"]] == ["Latents (380)", "Same supervision, no feedback (900)"]
+    assert [line["label"] for line in shown["arms"]] == [
+        "Latents (380)",
+        "Same supervision, no feedback (900)",
+        "Same supervision, no feedback (6,000)",
+    ]
     assert [(panel["layers"], len(panel["series"])) for panel in shown["depth"]] == [(4, 2)]
     text = " ".join(sentences(shown))
-    assert "Latents (380) steps: 92, 90 % at 0 to 1 hops (mean of 3 seeds)." in text
+    assert "Latents, 380 steps: 92, 90 % at 0 to 1 hops (mean of 3 seeds)." in text
     assert (
         "Without feedback: training steps until 80 % of the questions are answered, for 0 to 1 hops: 250, not within"
         in text

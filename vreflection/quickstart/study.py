@@ -343,6 +343,7 @@ def cell(point: Mapping[str, Any]) -> str:
 MAIN_LINES = (
     ("Latents", "main", "stage2", "s0"),
     ("Same supervision, no feedback", "fairest", "filler_aligned_x3", "s1"),
+    ("Same supervision, no feedback", "long", "filler_aligned_long", "s8"),
     ("Text chain", "chain", "chain", "s2"),
     ("Filler tokens", "plain", "filler_x3", "s3"),
     ("Boundary tokens", "plain", "boundary_x3", "s4"),
@@ -370,7 +371,14 @@ def published(rows: Sequence[Mapping[str, Any]], created: str, command: str) -> 
             return None
         steps = mine[0]["total_steps"]
         points = [{k: v for k, v in point.items() if k != "sd"} for point in over_seeds(mine, "accuracy_by_hops")]
-        return {"label": f"{label} ({steps:,})", "style": style, "by_hops": points, "steps": steps, "seeds": len(mine)}
+        return {
+            "name": label,
+            "label": f"{label} ({steps:,})",
+            "style": style,
+            "by_hops": points,
+            "steps": steps,
+            "seeds": len(mine),
+        }
 
     lines = [one for one in (line(*entry) for entry in MAIN_LINES) if one]
     depth = []
@@ -420,7 +428,9 @@ def sentences(study: Mapping[str, Any]) -> list[str]:
     for one in study["arms"]:
         shares = ", ".join(f"{100 * point['value']:.0f}" for point in one["by_hops"])
         seeds = f"mean of {one['seeds']} seeds" if one["seeds"] > 1 else "one seed"
-        words.append(f"{one['label']} steps: {shares} % at 0 to {one['by_hops'][-1]['hops']} hops ({seeds}).")
+        words.append(
+            f"{one['name']}, {one['steps']:,} steps: {shares} % at 0 to {one['by_hops'][-1]['hops']} hops ({seeds})."
+        )
     for one in study["steps"]["series"]:
         parts = [f"{row['reached']:,}" if row["reached"] else f"not within {row['trained']:,}" for row in one["steps"]]
         words.append(
