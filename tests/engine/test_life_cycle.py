@@ -1,5 +1,7 @@
 """What goes wrong stays where it went wrong: failures, changed weights, foreign calls."""
 
+import copy
+import pickle
 import threading
 
 import pytest
@@ -71,6 +73,151 @@ def test_changed_weights_are_noticed(lab, monkeypatch, change, step):
     for answer, own in zip(decoder.generate(prompts, max_new_tokens=9, return_latents=True), expected, strict=True):
         assert answer.tokens == own.tokens
         torch.testing.assert_close(answer.step_hidden, own.step_hidden, rtol=1e-4, atol=1e-4)
+
+
+SWITCHES = {
+    "norm epsilon": lambda model: setattr(model.model.language_model.norm, "variance_epsilon", 0.5),
+    "rope buffer": lambda model: model.model.language_model.rotary_emb.inv_freq.mul_(1.5),
+    "another hook": lambda model: exchange_hook(model),
+}
+
+
+def exchange_hook(model):
+    layer = model.model.language_model.layers[0].mlp
+    for handle in list(layer._forward_hooks):
+        del layer._forward_hooks[handle]
+    layer.register_forward_hook(lambda module, inputs, output: 1.5 * output)
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_what_is_no_parameter_is_noticed_too(lab, monkeypatch, switch):
+    monkeypatch.setattr(prefill, "SHORTEST_SHARED", 4)
+    model, prompts = lab.lively(), [lab.prompt(n) for n in (3, 1)]
+    if switch == "another hook":
+        model.model.language_model.layers[0].mlp.register_forward_hook(lambda module, inputs, output: 0.5 * output)
+    decoder = make(model)
+    before = decoder.generate(prompts, max_new_tokens=9, return_latents=True)
+    SWITCHES[switch](model)
+    expected = make(model).generate(prompts, max_new_tokens=9, return_latents=True)
+    assert not torch.allclose(before[0].step_hidden[0], expected[0].step_hidden[0], rtol=1e-3)
+    for answer, own in zip(decoder.generate(prompts, max_new_tokens=9, return_latents=True), expected, strict=True):
+        assert answer.tokens == own.tokens
+        torch.testing.assert_close(answer.step_hidden, own.step_hidden, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def adapted(lab):
+    """A model with an adapter that changes its answers, and the model inside it."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    settings = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(lab.lively(), settings)
+    return model, model.get_base_model()
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_a_switched_adapter_is_noticed(lab, adapted, monkeypatch, share):
+    monkeypatch.setattr(prefill, "SHORTEST_SHARED", 4)
+    wrapped, model = adapted
+    prompts = [lab.prompt(n) for n in (3, 1, 2)]
+    decoder = make(model, share_prefixes=share)
+    first = [answer.step_hidden for answer in decoder.generate(prompts, max_new_tokens=9, return_latents=True)]
+    with wrapped.disable_adapter():
+        expected = make(model).generate(prompts, max_new_tokens=9, return_latents=True)
+        without = decoder.generate(prompts, max_new_tokens=9, return_latents=True)
+    for answer, own, with_adapter in zip(without, expected, first, strict=True):
+        torch.testing.assert_close(answer.step_hidden, own.step_hidden, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(answer.step_hidden[0], with_adapter[0], rtol=1e-3)
+    again = decoder.generate(prompts, max_new_tokens=9, return_latents=True)
+    for answer, hidden in zip(again, first, strict=True):
+        torch.testing.assert_close(answer.step_hidden, hidden, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_wrapped_for_adapters_is_unwrapped(lab, adapted):
+    wrapped, model = adapted
+    prompts = [lab.prompt(n) for n in range(3)]
+    expected = tokens(make(model).generate(prompts, max_new_tokens=9))
+    decoder = make(wrapped)
+    assert decoder.model is model
+    assert tokens(decoder.generate(prompts, max_new_tokens=9)) == expected
+
+
+def test_adapters_that_lengthen_the_prompt_are_refused(lab):
+    peft = pytest.importorskip("peft")
+    wrapped = peft.get_peft_model(lab.lively(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(ConfigError, match="PROMPT_TUNING adapters put tokens of their own before the prompt"):
+        make(wrapped)
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_decoder_is_not_copied(lab, duplicate):
+    with pytest.raises(TypeError, match=r"LatentDecoder cannot be copied or pickled.*LatentDecoder\(decoder.model"):
+        duplicate(make(lab.lively()))
+
+
+def test_prompts_whose_positions_come_in_different_forms(lab, monkeypatch):
+    """A later one in the place of an earlier one, and both in one call."""
+    monkeypatch.setattr(prefill, "SHORTEST_SHARED", 2)
+    model, plain = lab.lively(), lab.prompt(3)
+    _, positions = model.prompt_inputs(
+        **{name: plain[name] for name in ("input_ids", "pixel_values", "image_grid_thw", "mm_token_type_ids")}
+    )
+    placed = {**{k: v for k, v in plain.items() if k != "mm_token_type_ids"}, "position_ids": positions}
+    expected = tokens(make(model).generate([plain], max_new_tokens=9)) * 2
+    decoder = make(model, max_batch_size=1)
+    first, second = (decoder.generate([prompt], max_new_tokens=9)[0].tokens for prompt in (plain, placed))
+    assert [first, second] == expected
+    assert tokens(decoder.generate([plain, placed], max_new_tokens=9)) == expected
+    assert tokens(make(model).generate([placed, plain], max_new_tokens=9)) == expected
+
+
+def break_weights(model, part):
+    with torch.no_grad():
+        weight = model.lm_head.weight if part == "head" else model.model.language_model.layers[1].mlp.up_proj.weight
+        weight.fill_(float("nan"))
+
+
+@pytest.mark.parametrize("part", ["layer", "head"])
+@pytest.mark.parametrize("step", ["auto", "torch", "model"])
+def test_weights_that_are_not_numbers_are_an_error(lab, part, step):
+    model, prompts = lab.lively(), [lab.prompt(n) for n in range(2)]
+    expected = tokens(make(model).generate(prompts, max_new_tokens=6))
+    saved = {name: value.clone() for name, value in model.state_dict().items()}
+    break_weights(model, part)
+    decoder = make(model, step=step)
+    with pytest.raises(FloatingPointError, match="got NaN or infinity after 0 tokens.*check the weights"):
+        decoder.generate(prompts, max_new_tokens=6)
+    answers = serve(decoder, [decoder.submit(decoder.request(prompt, max_new_tokens=6)) for prompt in prompts])
+    assert [answer.finish_reason for answer in answers.values()] == ["error", "error"]
+    model.load_state_dict(saved)
+    assert tokens(decoder.generate(prompts, max_new_tokens=6)) == expected
+
+
+@pytest.mark.parametrize("look_every", [1, 4])
+def test_a_row_that_breaks_down_ends_alone(lab, monkeypatch, look_every):
+    """Its neighbour goes on, and nothing of it is handed to later prompts."""
+    monkeypatch.setattr(prefill, "SHORTEST_SHARED", 4)
+    model = lab.lively()
+    decoder = make(model, max_batch_size=2, step="torch")
+    requests = [decoder.request(lab.prompt(n), max_new_tokens=12, eos_token_id=300) for n in (0, 3)]
+    expected = tokens(make(model).generate(requests))
+    plain, calls = decoder.step.forward, []
+
+    def forward(inputs_BD, *rest):
+        calls.append(1)
+        if len(calls) == 3:
+            inputs_BD = inputs_BD.clone()
+            inputs_BD[1] = float("nan")
+        return plain(inputs_BD, *rest)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(decoder.step, "forward", forward)
+        answers = serve(decoder, tickets := [decoder.submit(request) for request in requests], look_every)
+    assert answers[tickets[0]].tokens == expected[0]
+    failed = answers[tickets[1]]
+    assert failed.finish_reason == "error" and isinstance(failed.error, FloatingPointError)
+    assert failed.tokens == expected[1][: len(failed.tokens)] and len(failed.tokens) <= 3
+    assert tokens(decoder.generate(requests)) == expected
 
 
 def test_forgetting_by_hand(lab):
@@ -393,12 +540,24 @@ def test_generation_configs_that_cannot_be_honoured(lab, tiny):
         {"num_beams": 4},
         {"bad_words_ids": [[5]]},
         {"min_new_tokens": 3},
-        {"do_sample": True, "min_p": 0.1},
+        {"do_sample": True, "typical_p": 0.1},
+        {"encoder_repetition_penalty": 2.0},
+        {"dola_layers": "high"},
+        {"max_time": 1e-9},
+        {"output_scores": True},
+        {"output_hidden_states": True},
     ):
         name = list(setting)[-1]
         config = GenerationConfig(eos_token_id=tiny.EOS, pad_token_id=tiny.PAD, **setting)
         with pytest.raises(ConfigError, match=f"generation config: {name}=.* is not supported"):
             make(model).request(lab.prompt(1), generation_config=config, max_new_tokens=2)
+        with pytest.raises(ConfigError, match=name):
+            make(model).request(lab.prompt(1), **setting, max_new_tokens=2)
+    config = GenerationConfig(eos_token_id=tiny.EOS, max_length=30)
+    with pytest.raises(ConfigError, match="max_length=30 is not supported by latent decoding; set max_new_tokens"):
+        make(model).request(lab.prompt(1), generation_config=config)
+    # Where both are given, the number of new tokens goes first, as in the host library.
+    assert make(model).request(lab.prompt(1), generation_config=config, max_new_tokens=4).max_new_tokens == 4
     config = GenerationConfig(eos_token_id=torch.tensor([tiny.EOS, 5]), max_new_tokens=3)
     assert make(model).request(lab.prompt(1), generation_config=config).eos_token_ids == (tiny.EOS, 5)
 

@@ -26,6 +26,7 @@ from ..decoding import (
 from ..decoding.tiers import choose_tier
 from .cache import KVCache
 from .choice import choose_step
+from .finite import BROKEN, finite_rows, not_finite, picked_weights
 from .memory import check_fit
 from .prefill import Prefill
 from .requests import Emitted, Generation, Request
@@ -179,7 +180,9 @@ class Batch:
         ]
         for target, value in zip(targets, [*limits, *moved.tensors(), *sampling.tensors()], strict=True):
             target.index_copy_(0, index, value.to(target.dtype))
-        return emitted.tolist()
+        weights = picked_weights(self.model.get_output_embeddings(), picked)
+        sound = finite_rows(last_BD) & finite_rows(weights)
+        return torch.where(sound, emitted, BROKEN).tolist()
 
     def make_penalty_buffer(self) -> None:
         state = self.buffers.state
@@ -303,7 +306,8 @@ class Batch:
         return min(rounded, self.cache.columns)
 
     def look(self, rows: list[Row], program: DecodeProgram, steps: int) -> Look:
-        emitted = self.buffers.emitted[:steps]
+        sound = finite_rows(self.buffers.state.z)
+        emitted = torch.cat([self.buffers.emitted[:steps], sound.long()[None]])
         hidden = None if program.hidden is None else program.hidden[:steps].clone()
         if self.device.type != "cuda":
             return Look(emitted, hidden, rows, steps)
@@ -316,8 +320,10 @@ class Batch:
     def read(self, look: Look) -> None:
         if look.ready is not None:
             look.ready.synchronize()
-        lines = look.emitted.tolist()
+        *lines, sound = look.emitted.tolist()
         for row in look.rows:
+            if not (row.done or sound[row.slot] or ended_by_choice(row, lines)):
+                self.break_off(row)
             # A loop on the device may stop early.
             row.launched += sum(line[row.slot] != NOTHING for line in lines) - look.steps
         for number, line in enumerate(lines):
@@ -330,12 +336,21 @@ class Batch:
 
     def note(self, row: Row, number: int) -> None:
         """Take one emission into a row's answer."""
+        if number == BROKEN:
+            self.break_off(row)
+            return
         token, latent, last = read_emission(number)
         row.take(token, latent, self.rules.lvr_start_id, self.rules.clean)
         if last:
             self.finish(row, token, latent, row.why_it_ended())
         else:
             self.events.append(Emitted(row.ticket, token, latent))
+
+    def break_off(self, row: Row) -> None:
+        """End a row whose arithmetic broke down; nothing of it is shared."""
+        self.buffers.state.finished[row.slot] = True
+        self.prefill.held.pop(row.slot, None)
+        self.finish(row, NOTHING, False, "error", not_finite(len(row.answer.tokens)))
 
     def finish(self, row: Row, token: int, latent: bool, reason: str, error: BaseException | None = None) -> None:
         """Free a row and hand its answer out."""
@@ -354,6 +369,12 @@ class Batch:
         except Exception as own:
             answer.error = answer.error or own
         self.events.append(Emitted(row.ticket, token, latent, answer))
+
+
+def ended_by_choice(row: Row, lines: list[list[int]]) -> bool:
+    """Whether a row picked an end-of-sequence id in these steps, which no broken row does."""
+    picks = (read_emission(line[row.slot]) for line in lines if line[row.slot] != NOTHING)
+    return any(last and not latent and token in row.request.eos_token_ids for token, latent, last in picks)
 
 
 def seen_ids(input_ids: torch.Tensor, vocabulary: int) -> torch.Tensor:

@@ -27,7 +27,7 @@ class LatentDecoder(Batch):
     """Batched latent decoding with continuous admission.
 
     Args:
-        model: a `VReflectionForConditionalGeneration`.
+        model: a `VReflectionForConditionalGeneration`, or a PEFT model around one.
         max_batch_size: rows decoded together; further prompts wait for a free row.
         max_length: prompt and answer tokens per row, latents included; the cache for it is allocated at once. Default:
             the cache grows as needed.
@@ -62,6 +62,7 @@ class LatentDecoder(Batch):
             raise ConfigError(f"max_length: expected at least 2, got {max_length}")
         if image_cache < 0:
             raise ConfigError(f"image_cache: expected at least 0, got {image_cache}")
+        model = without_adapter_wrapper(model)
         if not hasattr(model, "prompt_inputs"):
             raise ConfigError(
                 f"model: expected a VReflectionForConditionalGeneration, got {type(model).__name__}; "
@@ -78,6 +79,12 @@ class LatentDecoder(Batch):
         self.serving = False
         self.cancelled: deque[int] = deque()
         self.next_ticket = 0
+
+    def __reduce_ex__(self, protocol):
+        raise TypeError(
+            "a LatentDecoder cannot be copied or pickled: it owns a cache, a queue and running requests; make another "
+            "one with LatentDecoder(decoder.model, …)"
+        )
 
     # Requests
 
@@ -353,3 +360,20 @@ class LatentDecoder(Batch):
                     self.fill([(ticket, request)])
                 except Exception as own:
                     self.give_up(ticket, request, "error", own)
+
+
+def without_adapter_wrapper(model):
+    """The model inside a PEFT model, whose layers hold the adapters.
+
+    Raises:
+        ConfigError: adapters that act outside the layers.
+    """
+    if not hasattr(model, "get_base_model"):
+        return model
+    if getattr(model.active_peft_config, "is_prompt_learning", False):
+        kind = getattr(model.active_peft_config.peft_type, "value", model.active_peft_config.peft_type)
+        raise ConfigError(
+            f"model: {kind} adapters put tokens of their own before the prompt, which latent decoding does not know; "
+            "use adapters inside the layers, such as LoRA"
+        )
+    return model.get_base_model()

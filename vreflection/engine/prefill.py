@@ -94,7 +94,9 @@ def key_number(key: str) -> int:
 
 
 def common_length(left: np.ndarray, right: np.ndarray) -> int:
-    """How many leading columns agree, of marks of one kind."""
+    """How many leading columns agree; none where the two prompts' positions were given in different forms."""
+    if len(left) != len(right):
+        return 0
     count = min(left.shape[1], right.shape[1])
     different = np.flatnonzero((left[:, :count] != right[:, :count]).any(axis=0))
     return int(different[0]) if len(different) else count

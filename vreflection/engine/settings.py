@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
 from ..decoding import MAX_END_IDS, SamplingSettings
 from ..errors import ConfigError
@@ -19,18 +20,28 @@ SUPPORTED = {
 }  # fmt: skip
 
 
-# Fields of a generation config that would change the answer, and the values with which they do not.
+# Fields of the host library's generation config that say how to compute, or concern beams, which are refused: an answer
+# does not depend on them. `return_dict_in_generate` is `generate`'s to honour.
+WITHOUT_EFFECT = {
+    "use_cache", "cache_implementation", "cache_config", "max_cache_len", "prefill_chunk_size", "low_memory",
+    "compile_config", "disable_compile", "continuous_batching_config", "early_stopping", "length_penalty",
+    "diversity_penalty", "num_beam_groups", "renormalize_logits", "remove_invalid_values", "use_mtp",
+    "is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold",
+    "assistant_early_exit", "assistant_lookbehind", "assistant_ensemble_weight", "target_lookbehind",
+    "prompt_lookup_num_tokens", "max_matching_ngram_size", "speculation_type", "bos_token_id",
+    "decoder_start_token_id", "transformers_version", "return_dict_in_generate",
+}  # fmt: skip
+# Values, besides None, with which a field that is not supported asks for nothing.
 NEUTRAL = {
-    "num_beams": (None, 1), "num_return_sequences": (None, 1), "min_new_tokens": (None, 0), "min_length": (None, 0),
-    "no_repeat_ngram_size": (None, 0), "encoder_no_repeat_ngram_size": (None, 0), "bad_words_ids": (None, []),
-    "suppress_tokens": (None, []), "begin_suppress_tokens": (None, []), "sequence_bias": (None, {}),
-    "forced_bos_token_id": (None,), "forced_eos_token_id": (None,), "stop_strings": (None, []),
-    "guidance_scale": (None, 1, 1.0), "penalty_alpha": (None, 0, 0.0), "exponential_decay_length_penalty": (None,),
-    "watermarking_config": (None,), "constraints": (None, []), "force_words_ids": (None, []),
+    "num_beams": (1,), "num_return_sequences": (1,), "min_new_tokens": (0,), "min_length": (0,),
+    "no_repeat_ngram_size": (0,), "encoder_no_repeat_ngram_size": (0,), "encoder_repetition_penalty": (1, 1.0),
+    "bad_words_ids": ([],), "suppress_tokens": ([],), "begin_suppress_tokens": ([],), "sequence_bias": ({},),
+    "stop_strings": ([],), "guidance_scale": (1, 1.0), "penalty_alpha": (0, 0.0), "constraints": ([],),
+    "force_words_ids": ([],), "token_healing": (False,), "output_attentions": (False,),
+    "output_hidden_states": (False,), "output_scores": (False,), "output_logits": (False,),
 }  # fmt: skip
 NEUTRAL_SAMPLING = {
-    "min_p": (None, 0, 0.0), "typical_p": (None, 1, 1.0), "epsilon_cutoff": (None, 0, 0.0),
-    "eta_cutoff": (None, 0, 0.0), "top_h": (None, 0, 0.0),
+    "min_p": (0, 0.0), "typical_p": (1, 1.0), "epsilon_cutoff": (0, 0.0), "eta_cutoff": (0, 0.0), "top_h": (0, 0.0),
 }  # fmt: skip
 
 
@@ -70,12 +81,7 @@ def resolve_settings(config, settings: dict) -> ResolvedSettings:
     if len(eos) > MAX_END_IDS:
         raise ConfigError(f"eos_token_id: expected at most {MAX_END_IDS} ids, got {len(eos)}")
     do_sample = bool(value("do_sample", False))
-    for name, neutral in (NEUTRAL | NEUTRAL_SAMPLING if do_sample else NEUTRAL).items():
-        asked = getattr(config, name, None)
-        if asked not in neutral:
-            raise ConfigError(
-                f"generation config: {name}={asked!r} is not supported by latent decoding; set it to {neutral[-1]!r}"
-            )
+    check_fields(config, do_sample, limited=value("max_new_tokens", None) is not None)
     sampling = SamplingSettings(
         do_sample=do_sample,
         # The host's default top_k = 50 and the like matter only when sampling.
@@ -86,6 +92,24 @@ def resolve_settings(config, settings: dict) -> ResolvedSettings:
     )
     pad = value("pad_token_id", eos[0] if eos else 0)
     return ResolvedSettings(sampling, max_new_tokens, eos, int(pad))
+
+
+def check_fields(config, do_sample: bool, limited: bool) -> None:
+    """Refuse every field of a generation config that asks for something unsupported, as the same keyword would be.
+
+    Args:
+        limited: whether `max_new_tokens` is set, which goes before `max_length`.
+    """
+    for name in vars(GenerationConfig()):
+        value = getattr(config, name, None)
+        if value is None or name.startswith("_") or name in SUPPORTED | WITHOUT_EFFECT:
+            continue
+        if (name == "max_length" and limited) or (name in NEUTRAL_SAMPLING and not do_sample):
+            continue
+        neutral = (NEUTRAL | NEUTRAL_SAMPLING).get(name, ())
+        if value not in neutral:
+            instead = "set max_new_tokens instead" if name == "max_length" else f"set it to {(None, *neutral)[-1]!r}"
+            raise ConfigError(f"generation config: {name}={value!r} is not supported by latent decoding; {instead}")
 
 
 def resolve_latent_steps(config, latent_steps: int | None, allow_other: bool, stacklevel: int = 3) -> int:
@@ -115,7 +139,7 @@ def resolve_latents(model, steps: int, latents: torch.Tensor | Sequence[torch.Te
             opens more spans begins again with the first.
 
     Raises:
-        ValueError: another shape.
+        ValueError: another shape, or numbers that are not finite.
     """
     config = model.config
     own: torch.Tensor | None = None
@@ -135,6 +159,8 @@ def resolve_latents(model, steps: int, latents: torch.Tensor | Sequence[torch.Te
         shapes = [None if states is None else tuple(states.shape) for states in spans]
         if not spans or any(shape not in (None, one) for shape in shapes):
             raise ValueError(f"latents: expected {one} or None for each span, got {shapes}")
+    if any(states is not None and not bool(states.isfinite().all()) for states in spans):
+        raise ValueError("latents: expected finite numbers, got NaN or infinity")
     spans = tuple(own if states is None else states for states in spans)
     return spans if steps and any(states is not None for states in spans) else None
 

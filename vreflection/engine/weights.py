@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -19,11 +22,17 @@ def _count(*_) -> None:
 register_optimizer_step_post_hook(_count)
 
 
-class WeightWatch:
-    """Compares a model's parameters with those of the last look.
+SCALARS = (int, float, bool, str)
+# What every module has: registries, which are looked at by themselves, and the mode, which decoding sets anyway.
+OWN_ATTRIBUTES = frozenset(nn.Module().__dict__)
 
-    Sees parameters that were replaced, moved, changed in place or stepped by any torch optimizer of this process, and
-    forward hooks that came or went; not writes through `.data` or by other libraries.
+
+class WeightWatch:
+    """Compares what a model computes with, with what it was at the last look.
+
+    Sees parameters and buffers that were replaced, moved, changed in place or stepped by any torch optimizer of this
+    process; forward hooks that came, went or were exchanged; and plain settings of modules, such as a norm's epsilon or
+    which adapter is active. Not writes through `.data` or by other libraries.
     """
 
     def __init__(self, model: nn.Module):
@@ -34,18 +43,36 @@ class WeightWatch:
         places, values = [], []
         for part in self.model.modules():
             if hooked(part):
-                places.append((id(part), 0))
-            for p in part._parameters.values():
-                if p is not None:
-                    places.append((id(p), p.data_ptr()))
+                hooks = (*part._forward_pre_hooks, *part._forward_hooks)  # by numbers that never come again
+                places.append((id(part), *hooks, id(part.__dict__.get("forward"))))
+            attributes = part.__dict__
+            if len(attributes) > len(OWN_ATTRIBUTES):
+                plain = [value for name, value in attributes.items() if name not in OWN_ATTRIBUTES]
+                places.append([value if type(value) in SCALARS else settings(value) for value in plain])
+            for tensor in (*part._parameters.values(), *part._buffers.values()):
+                if tensor is not None:
+                    places.append((id(tensor), tensor.data_ptr()))
                     # Tensors made in inference mode carry no version.
-                    values.append(0 if p.is_inference() else p._version)
+                    values.append(0 if tensor.is_inference() else tensor._version)
         return places, [*values, _optimizer_steps]
 
     def changed(self) -> tuple[bool, bool]:
-        """Whether parameters are elsewhere, and whether their values may differ, since the last call."""
+        """Whether what a step was built from differs, and whether earlier results may, since the last call."""
         places, values = self.look()
         moved = places != self.places
         different = moved or values != self.values
         self.places, self.values = places, values
         return moved, different
+
+
+def settings(value: Any) -> Any:
+    """A copy of a plain value, of lists and tables of such; None for anything else."""
+    if isinstance(value, SCALARS):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [settings(entry) for entry in value]
+    if isinstance(value, (set, frozenset)):
+        return set(value)
+    if isinstance(value, Mapping):
+        return {key: settings(entry) for key, entry in value.items()}
+    return None

@@ -60,7 +60,7 @@ class LatentGenerationMixin:
         latents: torch.Tensor | Sequence | None = None,
         seed: int | None = None,
         streamer=None,
-        return_dict_in_generate: bool = False,
+        return_dict_in_generate: bool | None = None,
         return_latents: bool = False,
         generation_config=None,
         **settings,
@@ -77,7 +77,8 @@ class LatentGenerationMixin:
                 a list with one entry per prompt; see `LatentDecoder.request`.
             seed: row i draws from `seed + i`, whatever shares the batch; default from torch's own generator.
             streamer: host-library streamer (batch 1); receives no latent positions in clean mode.
-            return_dict_in_generate, return_latents: see `LatentGenerateOutput`.
+            return_dict_in_generate: whether to return a `LatentGenerateOutput`; default from the generation config.
+            return_latents: whether it holds latents, probes and hidden states.
             settings: `max_new_tokens, do_sample, temperature, top_k, top_p, repetition_penalty, eos_token_id,
                 pad_token_id`; defaults from the generation config.
 
@@ -88,7 +89,10 @@ class LatentGenerationMixin:
             ConfigError: unsupported settings, or another number of latent steps without the flag.
             ValueError: right-padded prompts, or images and prompt disagree.
         """
-        resolved = resolve_settings(generation_config or self.generation_config, settings)
+        generation_config = generation_config or self.generation_config
+        resolved = resolve_settings(generation_config, settings)
+        if return_dict_in_generate is None:
+            return_dict_in_generate = bool(getattr(generation_config, "return_dict_in_generate", False))
         steps = resolve_latent_steps(self.config, latent_steps, allow_other_latent_steps, stacklevel=4)
         row_latents = [
             resolve_latents(self, steps, one)
