@@ -132,10 +132,11 @@ def test_a_filler_models_own_states_are_its_embedding(lab, tiny):
         (torch.zeros(1, 1, 3, 64), r"got \(1, 1, 3, 64\)"),
         (torch.zeros(64), r"got \(64,\)"),
         ([], r"expected \(3, 64\) or None for each span, got \[\]"),
+        (torch.full((3, 64), float("nan")), "expected finite numbers, got NaN or infinity"),
         ([None, torch.zeros(2, 64)], r"expected \(3, 64\) or None for each span, got \[None, \(2, 64\)\]"),
     ],
 )
-def test_other_shapes_are_refused(lab, latents, message):
+def test_other_shapes_and_numbers_are_refused(lab, latents, message):
     with pytest.raises(ValueError, match="latents: .*" + message):
         make(lab.lively()).request(lab.prompt(1), latents=latents)
 

@@ -357,6 +357,9 @@ def test_settings_come_from_the_generation_config(tiny):
     other = GenerationConfig(eos_token_id=tiny.EOS, max_new_tokens=3)
     explicit = model.generate(**batch, do_sample=False, repetition_penalty=1.0, max_new_tokens=3)
     assert torch.equal(model.generate(**batch, generation_config=other), explicit)
+    other.return_dict_in_generate = True
+    assert torch.equal(model.generate(**batch, generation_config=other).sequences, explicit)
+    assert torch.equal(model.generate(**batch, generation_config=other, return_dict_in_generate=False), explicit)
 
 
 class Streamer:
