@@ -3,6 +3,7 @@
 from .program import DecodeBuffers, DecodeProgram, ProgramKey, Replacements, Step, pick_from_logits
 from .sampling import PickPlan, SamplingRows, SamplingSettings, pick_tokens
 from .state import MAX_END_IDS, NOTHING, DecodeRules, DecodeState, advance, plan_transition, read_emission
+from .vocabulary import VocabularyRows
 
 __all__ = [
     "MAX_END_IDS",
@@ -17,6 +18,7 @@ __all__ = [
     "SamplingRows",
     "SamplingSettings",
     "Step",
+    "VocabularyRows",
     "advance",
     "pick_from_logits",
     "pick_tokens",

@@ -46,7 +46,8 @@ class Step(Protocol):
 
 
 def pick_from_logits(logits_BV, rows: SamplingRows, plan: PickPlan, state: DecodeState) -> torch.Tensor:
-    return pick_tokens(logits_BV, rows, plan, state.counted, state.seen if plan.penalty else None)
+    seen = state.seen if plan.penalty else None
+    return pick_tokens(logits_BV, rows, plan, state.counted, seen, state.vocabulary, state.end_ids)
 
 
 @dataclass
@@ -175,6 +176,8 @@ class DecodeProgram:
         self.rows = buffers.state.narrow(key.rows)
         if not key.plan.penalty:
             self.rows.seen = None
+        if not key.plan.adjust:
+            self.rows.vocabulary = None
         self.changing = self.rows.tensors()
         self.sampling = buffers.sampling.narrow(key.rows)
         self.emitted = buffers.emitted[:, : key.rows]
@@ -191,6 +194,8 @@ class DecodeProgram:
         """All that a call changes, the key/value cache apart."""
         recorded = [] if self.hidden is None else [self.hidden]
         counted = [] if self.replacements is None else [self.replacements.consumed]
+        if self.rows.vocabulary is not None:
+            counted.append(self.rows.vocabulary.counts)
         return [*self.changing, self.emitted, self.buffers.cursor, self.running, self.budget, *recorded, *counted]
 
     def __call__(self) -> None:
@@ -207,7 +212,12 @@ class DecodeProgram:
             picked = self.step.pick(hidden, needed, self.sampling, self.key.plan, rows)
         else:
             picked = self.nobody
-        moves.advance(hidden, picked, transition)
+        if rows.vocabulary is None:
+            moves.advance(hidden, picked, transition)
+        else:
+            before = rows.counted.clone()
+            moves.advance(hidden, picked, transition)
+            rows.vocabulary.count(rows.last_token, rows.counted - before)
 
     def plan(self) -> tuple[tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
         """Count the input that was consumed: the transition, and which rows need a token `(B,)`."""

@@ -12,6 +12,8 @@ from dataclasses import dataclass, fields
 
 import torch
 
+from .vocabulary import VocabularyRows
+
 OUTPUT_MODES = ("clean", "parity")
 MAX_END_IDS = 8
 
@@ -59,6 +61,7 @@ class DecodeState:
     length: torch.Tensor  # (B,) int64: keys in the row's cache
     counted: torch.Tensor  # (B,) int64
     seen: torch.Tensor | None = None  # (B, V) bool, for the repetition penalty
+    vocabulary: VocabularyRows | None = None  # once any row asks for something of single tokens
 
     LIMITS = ("latent_steps", "max_new_tokens", "capacity", "end_ids")
 
@@ -75,14 +78,15 @@ class DecodeState:
         )  # fmt: skip
 
     def tensors(self) -> list[torch.Tensor]:
-        """Everything that a step changes."""
-        changing = (getattr(self, f.name) for f in fields(self) if f.name not in self.LIMITS)
+        """Everything that a step replaces."""
+        changing = (getattr(self, f.name) for f in fields(self) if f.name not in (*self.LIMITS, "vocabulary"))
         return [tensor for tensor in changing if tensor is not None]
 
     def narrow(self, rows: int) -> DecodeState:
         """Views of the first rows."""
+        part = lambda value: value.narrow(rows) if isinstance(value, VocabularyRows) else value[:rows]  # noqa: E731
         values = (getattr(self, f.name) for f in fields(self))
-        return DecodeState(*(None if value is None else value[:rows] for value in values))
+        return DecodeState(*(None if value is None else part(value) for value in values))
 
 
 def plan_transition(state: DecodeState, rules: DecodeRules) -> tuple[torch.Tensor, torch.Tensor]:
@@ -123,6 +127,7 @@ def advance(
         *(getattr(state, name) for name in DecodeState.LIMITS),
         mode=mode & ~finished, remaining=remaining, finished=finished, last_token=emitted, z=hidden_BD,
         position=state.position, length=state.length, counted=counted, seen=seen,
+        vocabulary=state.vocabulary,
     )  # fmt: skip
     return moved, emission(emitted, mode, finished, state.finished)
 

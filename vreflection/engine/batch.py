@@ -20,16 +20,19 @@ from ..decoding import (
     ProgramKey,
     Replacements,
     SamplingRows,
+    VocabularyRows,
     advance,
     read_emission,
 )
 from ..decoding.tiers import choose_tier
+from ..errors import ConfigError
 from .cache import KVCache
 from .choice import choose_step
 from .finite import BROKEN, finite_rows, not_finite, picked_weights
+from .grammar import GrammarState
 from .memory import check_fit
 from .prefill import Prefill
-from .requests import Emitted, Generation, Request
+from .requests import Emitted, Generation, Logprobs, Request
 from .rows import Look, Row
 from .steps import eval_mode
 from .weights import WeightWatch
@@ -118,20 +121,32 @@ class Batch:
                 hidden = self.prefill.fill(slots, [request.prompt for request in requests])
             last = torch.stack([hidden[slot][0] for slot in slots])
             lengths = [self.visible_length(slot, request) for slot, request in zip(slots, requests)]
-            emissions = self.first_picks(slots, requests, last, [hidden[slot][1] for slot in slots], lengths)
+            grammars = [self.grammar_state(request) for request in requests]
+            emissions = self.first_picks(slots, requests, last, [hidden[slot][1] for slot in slots], lengths, grammars)
         except BaseException:
             # The rows stay idle, and steps of their neighbours may write anywhere in them.
             for slot in slots:
                 self.prefill.held.pop(slot, None)
             raise
-        for (ticket, request), slot, number, z in zip(taken, slots, emissions, last):
-            row = Row(ticket, slot, request, Generation(ticket, len(request.prompt)))
+        for (ticket, request), slot, number, z, grammar in zip(taken, slots, emissions, last, grammars):
+            row = Row(ticket, slot, request, Generation(ticket, len(request.prompt)), grammar)
             if int(request.prompt.input_ids[-1]) == self.rules.lvr_start_id and request.latent_steps:
                 row.in_span = 0
             self.rows[slot] = self.by_ticket[ticket] = row
             if request.return_latents:
                 row.hidden.append(z)
-            self.note(row, number)
+            self.note(row, number, z)
+
+    def grammar_state(self, request: Request) -> GrammarState | None:
+        if request.grammar is None:
+            return None
+        rules, config = self.rules, self.model.config
+        state = GrammarState(
+            request.grammar, self.vocabulary, rules.lvr_start_id, config.lvr_end_id, bool(request.latent_steps)
+        )
+        if request.latent_steps and int(request.prompt.input_ids[-1]) == rules.lvr_start_id:
+            state.take(rules.lvr_start_id)
+        return state
 
     def visible_length(self, slot: int, request: Request) -> int:
         """Columns of the filled prompt that later positions look at; hidden images leave the cache."""
@@ -144,7 +159,13 @@ class Batch:
         return len(kept)
 
     def first_picks(
-        self, slots, requests: list[Request], last_BD, positions: list[int], lengths: list[int]
+        self,
+        slots,
+        requests: list[Request],
+        last_BD,
+        positions: list[int],
+        lengths: list[int],
+        grammars: list[GrammarState | None],
     ) -> list[int]:
         """Set the rows' state, pick each one's first token; returns emissions."""
         device, state = self.device, self.buffers.state
@@ -161,13 +182,20 @@ class Batch:
         fresh.finished.fill_(False)
         fresh.last_token, fresh.z = number(last), last_BD
         fresh.position, fresh.length = number(positions), number(lengths)
-        plan = PickPlan.of([r.sampling for r in requests])
+        plan = pick_plan(requests)
         sampling = SamplingRows.of([r.sampling for r in requests], [r.seed for r in requests], device)
         if plan.penalty or state.seen is not None:
             self.make_penalty_buffer()
             fresh.seen = torch.stack([seen_ids(r.prompt.input_ids.to(device), state.seen.shape[1]) for r in requests])  # pyright: ignore
         if any(r.latents is not None for r in requests) or self.buffers.replacements is not None:
             self.set_replacements(slots, requests)
+        if plan.adjust or state.vocabulary is not None:
+            self.make_vocabulary_rows()
+            fresh.vocabulary = VocabularyRows.allocate(len(slots), self.vocabulary, device)
+            for row, (request, grammar) in enumerate(zip(requests, grammars)):
+                fresh.vocabulary.set_row(row, request.sampling)
+                if grammar is not None:
+                    fresh.vocabulary.allow(row, grammar.allowed())
         picked = self.step.pick(last_BD, ~fresh.finished, sampling, plan, fresh)
         forced = number([start if r.force_latent and id != start else -1 for r, id in zip(requests, last)])
         moved, emitted = advance(fresh, self.rules, last_BD, torch.where(forced >= 0, forced, picked))
@@ -180,15 +208,28 @@ class Batch:
         ]
         for target, value in zip(targets, [*limits, *moved.tensors(), *sampling.tensors()], strict=True):
             target.index_copy_(0, index, value.to(target.dtype))
+        if state.vocabulary is not None and fresh.vocabulary is not None:
+            fresh.vocabulary.count(moved.last_token, moved.counted)
+            for target, value in zip(state.vocabulary.tensors(), fresh.vocabulary.tensors(), strict=True):
+                target.index_copy_(0, index, value)
         weights = picked_weights(self.model.get_output_embeddings(), picked)
         sound = finite_rows(last_BD) & finite_rows(weights)
         return torch.where(sound, emitted, BROKEN).tolist()
 
+    @property
+    def vocabulary(self) -> int:
+        return self.model.get_output_embeddings().weight.shape[0]
+
+    def make_vocabulary_rows(self) -> None:
+        state = self.buffers.state
+        if state.vocabulary is None:
+            state.vocabulary = VocabularyRows.allocate(self.max_batch_size, self.vocabulary, self.device)
+            self.forget_programs()
+
     def make_penalty_buffer(self) -> None:
         state = self.buffers.state
         if state.seen is None:
-            vocabulary = self.model.get_output_embeddings().weight.shape[0]
-            state.seen = torch.zeros(self.max_batch_size, vocabulary, dtype=torch.bool, device=self.device)
+            state.seen = torch.zeros(self.max_batch_size, self.vocabulary, dtype=torch.bool, device=self.device)
             self.forget_programs()
 
     def set_replacements(self, slots: list[int], requests: list[Request]) -> None:
@@ -258,6 +299,8 @@ class Batch:
 
     def look_steps(self, look_every: int, rows: list[Row]) -> int:
         """Steps until the host looks again: no more than the longest row can still take."""
+        if constrained(rows):
+            return 1  # what may come next depends on what came
         ring = self.buffers.emitted.shape[0]
         left = max(row.request.max_new_tokens - row.counted for row in rows)
         if self.tier.name == "loop":
@@ -277,7 +320,7 @@ class Batch:
 
     def program(self, rows: list[Row], columns: int, span: int) -> DecodeProgram:
         wanted = max(row.slot for row in rows) + 1
-        record = any(row.request.return_latents for row in rows)
+        record = any(row.request.return_latents or row.request.logprobs is not None for row in rows)
         if record and self.buffers.hidden is None:
             ring = self.buffers.emitted.shape[0]
             shape = (ring, self.max_batch_size, self.width)
@@ -287,7 +330,7 @@ class Batch:
             extent=self.extent(columns),
             steps=span or 1,
             text=not span,
-            plan=PickPlan.of([row.request.sampling for row in rows]),
+            plan=pick_plan([row.request for row in rows]),
             record=record,
             replace=any(row.request.latents is not None for row in rows),
         )
@@ -330,21 +373,34 @@ class Batch:
             for row in look.rows:
                 if row.done or line[row.slot] == NOTHING:
                     continue
-                if row.request.return_latents and look.hidden is not None:
-                    row.hidden.append(look.hidden[number, row.slot])
-                self.note(row, line[row.slot])
+                hidden_D = None if look.hidden is None else look.hidden[number, row.slot]
+                if row.request.return_latents and hidden_D is not None:
+                    row.hidden.append(hidden_D)
+                self.note(row, line[row.slot], hidden_D)
 
-    def note(self, row: Row, number: int) -> None:
-        """Take one emission into a row's answer."""
+    def note(self, row: Row, number: int, hidden_D: torch.Tensor | None) -> None:
+        """Take one emission, and the hidden state that it was picked from, into a row's answer."""
         if number == BROKEN:
             self.break_off(row)
             return
         token, latent, last = read_emission(number)
         row.take(token, latent, self.rules.lvr_start_id, self.rules.clean)
+        entries = None
+        if row.request.logprobs is not None and hidden_D is not None and not latent:
+            entries = log_probabilities(self.step.logits(hidden_D[None])[0], token, row.request.logprobs)
+        if row.request.logprobs is not None:
+            row.answer.logprobs.append(entries)
         if last:
-            self.finish(row, token, latent, row.why_it_ended())
-        else:
-            self.events.append(Emitted(row.ticket, token, latent))
+            self.finish(row, token, latent, row.why_it_ended(), logprobs=entries)
+            return
+        self.events.append(Emitted(row.ticket, token, latent, logprobs=entries))
+        if row.grammar is not None and not latent:
+            try:
+                row.grammar.take(token)
+                self.buffers.state.vocabulary.allow(row.slot, row.grammar.allowed())  # pyright: ignore
+            except ConfigError as error:
+                self.buffers.state.finished[row.slot] = True
+                self.finish(row, NOTHING, False, "error", error)
 
     def break_off(self, row: Row) -> None:
         """End a row whose arithmetic broke down; nothing of it is shared."""
@@ -352,7 +408,15 @@ class Batch:
         self.prefill.held.pop(row.slot, None)
         self.finish(row, NOTHING, False, "error", not_finite(len(row.answer.tokens)))
 
-    def finish(self, row: Row, token: int, latent: bool, reason: str, error: BaseException | None = None) -> None:
+    def finish(
+        self,
+        row: Row,
+        token: int,
+        latent: bool,
+        reason: str,
+        error: BaseException | None = None,
+        logprobs: Logprobs | None = None,
+    ) -> None:
         """Free a row and hand its answer out."""
         row.done = True
         answer = row.answer
@@ -368,7 +432,23 @@ class Batch:
                 row.collect()
         except Exception as own:
             answer.error = answer.error or own
-        self.events.append(Emitted(row.ticket, token, latent, answer))
+        self.events.append(Emitted(row.ticket, token, latent, answer, logprobs))
+
+
+def constrained(rows: list[Row]) -> bool:
+    """Whether a grammar governs any row: the host then looks after every step that may need a token."""
+    return any(row.grammar is not None for row in rows)
+
+
+def pick_plan(requests: list[Request]) -> PickPlan:
+    return PickPlan.of([r.sampling for r in requests], any(r.grammar is not None for r in requests))
+
+
+def log_probabilities(logits_V: torch.Tensor, token: int, count: int) -> Logprobs:
+    """Natural logarithms of the model's own probabilities: of `token`, then of the `count` likeliest."""
+    values = logits_V.float().log_softmax(dim=0)
+    top = values.topk(min(count, len(values)))
+    return [(token, float(values[token])), *zip(top.indices.tolist(), top.values.tolist())]
 
 
 def ended_by_choice(row: Row, lines: list[list[int]]) -> bool:

@@ -56,6 +56,6 @@ class CppStep(QwenStep):
         )  # fmt: skip
 
     def pick(self, hidden_BD, needed, rows, plan, state):
-        if plan.sample or plan.penalty or hidden_BD.shape[0] > MAX_PICK_ROWS:
+        if plan.sample or plan.penalty or plan.adjust or hidden_BD.shape[0] > MAX_PICK_ROWS:
             return super().pick(hidden_BD, needed, rows, plan, state)
         return torch.ops.vreflection.decode_pick.default(hidden_BD, needed, self.lm_head.weight)

@@ -9,13 +9,15 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
+from dataclasses import replace
 from itertools import islice
 
 import torch
 
 from ..decoding import NOTHING, DecodeRules
 from ..errors import ConfigError
-from .batch import Batch
+from .batch import Batch, constrained
+from .grammar import Grammar
 from .requests import Emitted, Generation, Prompt, Request, check_images, check_tokens
 from .settings import resolve_latent_steps, resolve_latents, resolve_settings
 
@@ -99,6 +101,8 @@ class LatentDecoder(Batch):
         seed: int | None = None,
         return_latents: bool = False,
         hide_images: bool = False,
+        logprobs: int | None = None,
+        grammar: Grammar | None = None,
         generation_config=None,
         **settings,
     ) -> Request:
@@ -116,8 +120,12 @@ class LatentDecoder(Batch):
                 from torch's own generator.
             hide_images: no position after the prompt attends to image tokens, an intervention: what the answer knows of
                 the image then went through the prompt's text.
-            settings: `max_new_tokens, do_sample, temperature, top_k, top_p, repetition_penalty, eos_token_id`;
-                defaults from the generation config.
+            logprobs: record the log probability of each token, and of this many likeliest ones, as the model has them
+                before temperature, penalties and biases.
+            grammar: what the answer must follow after its latent spans, see `Grammars`.
+            settings: `max_new_tokens, do_sample, temperature, top_k, top_p, min_p, repetition_penalty,
+                frequency_penalty, presence_penalty, logit_bias, min_new_tokens, eos_token_id` (see
+                `SamplingSettings`; `logit_bias` is a mapping); defaults from the generation config.
 
         Raises:
             ConfigError: unsupported settings, or a prompt that can never fit into `max_length`.
@@ -128,6 +136,15 @@ class LatentDecoder(Batch):
         span_latents = resolve_latents(self.model, steps, latents)
         if seed is not None and not isinstance(seed, int):
             raise ConfigError(f"seed: expected an integer, got {seed!r}")
+        if logprobs is not None and logprobs < 0:
+            raise ConfigError(f"logprobs: expected at least 0, got {logprobs}")
+        outside = [token for token, _ in resolved.sampling.logit_bias if not 0 <= token < self.vocabulary]
+        if outside:
+            raise ConfigError(f"logit_bias: expected token ids in [0, {self.vocabulary}), got {outside[0]}")
+        if grammar is not None and not self.rules.clean:
+            raise ConfigError('grammar: needs latent_mode="clean"; in parity mode ghosts would have to follow it')
+        if grammar is not None and resolved.sampling.min_new_tokens:
+            raise ConfigError("min_new_tokens: a grammar says where the answer ends; leave it out")
         made = Request(
             prompt=self.prompt(prompt),
             sampling=resolved.sampling,
@@ -139,6 +156,8 @@ class LatentDecoder(Batch):
             latents=span_latents,
             return_latents=return_latents,
             hide_images=hide_images,
+            logprobs=logprobs,
+            grammar=grammar,
         )
         self.check_length(made)
         return made
@@ -275,7 +294,7 @@ class LatentDecoder(Batch):
                         answer.index = number
                         if answer.error is not None:
                             raise answer.error
-                    yield Emitted(number, event.token, event.latent, answer)
+                    yield replace(event, index=number)
         finally:
             for ticket in [*self.waiting, *self.by_ticket]:
                 self.cancel(ticket)
@@ -297,7 +316,8 @@ class LatentDecoder(Batch):
             self.admit()
             launched = bool(self.rows) and self.launch(look_every)
             # On a GPU the next steps are queued before the last ones are read: it never waits for the host.
-            ahead = 1 if launched and self.device.type == "cuda" and self.tier.name != "loop" else 0
+            ahead = launched and self.device.type == "cuda" and self.tier.name != "loop"
+            ahead = int(ahead and not constrained(list(self.rows.values())))
             try:
                 while len(self.looks) > ahead:
                     self.read(self.looks.popleft())

@@ -69,7 +69,7 @@ class FusedStep(QwenStep):
     def pick(self, hidden_BD, needed, rows: SamplingRows, plan: PickPlan, state: DecodeState):
         """Where no row needs a token the kernels return before they read the vocabulary's weights."""
         weight = self.lm_head.weight
-        if plan.truncate:
+        if plan.truncate or plan.adjust:
             wide = torch.promote_types(hidden_BD.dtype, torch.float32)
             logits = hidden_BD.new_empty(len(hidden_BD), len(weight), dtype=wide)
             self.picking.lm_head_logits(hidden_BD, weight, needed, logits, overlap=self.overlap)

@@ -16,6 +16,10 @@ from typing import Any
 import torch
 
 from ..decoding import SamplingSettings
+from .grammar import Grammar
+
+# The picked token with its log probability, then the likeliest ones.
+Logprobs = list[tuple[int, float]]
 
 PIECE = 2**21  # bytes of an image hashed at a time
 
@@ -187,6 +191,8 @@ class Request:
     latents: tuple[torch.Tensor | None, ...] | None = None  # per span (N, D) or None for the model's own; then again
     return_latents: bool = False
     hide_images: bool = False
+    logprobs: int | None = None
+    grammar: Grammar | None = None
 
 
 @dataclass
@@ -202,6 +208,8 @@ class Generation:
         text: decoded answer without special tokens, when the decoder has a processor.
         latents, probes: with `return_latents`, `(spans, N, D)`: states consumed by the slots, and hidden states at the
             slots. step_hidden: `(tokens, D)` hidden states whose logits gave each token.
+        logprobs: with `logprobs`, per token the token with its log probability, then the likeliest ones; None at
+            latent positions.
     """
 
     index: int
@@ -214,6 +222,7 @@ class Generation:
     latents: torch.Tensor | None = None
     probes: torch.Tensor | None = None
     step_hidden: torch.Tensor | None = None
+    logprobs: list[Logprobs | None] = field(default_factory=list)
 
     @property
     def latent_steps_taken(self) -> int:
@@ -224,10 +233,11 @@ class Generation:
 class Emitted:
     """One position of a stream: its `token`, and whether it is a `latent` one; `generation` with the last.
 
-    An answer that is cut short (cancelled, or failed) comes with `token` -1.
+    An answer that is cut short (cancelled, or failed) comes with `token` -1. `logprobs` as in `Generation`.
     """
 
     index: int
     token: int
     latent: bool
     generation: Generation | None = None
+    logprobs: Logprobs | None = None

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from .grammar import GrammarState
 from .requests import Generation, Request
 
 
@@ -21,6 +22,7 @@ class Row:
     slot: int
     request: Request
     answer: Generation
+    grammar: GrammarState | None = None
     launched: int = 0  # steps sent to the device, an upper bound of those taken
     in_span: int | None = None  # latents emitted in the open span; 0 right after its start token
     counted: int = 0  # tokens that count against max_new_tokens

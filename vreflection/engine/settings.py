@@ -15,8 +15,8 @@ from ..errors import ConfigError
 
 IGNORED_HOST_ARGUMENTS = {"use_cache", "synced_gpus", "tokenizer", "num_return_sequences", "num_beams"}
 SUPPORTED = {
-    "max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty",
-    "eos_token_id", "pad_token_id",
+    "max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "frequency_penalty",
+    "presence_penalty", "logit_bias", "min_new_tokens", "eos_token_id", "pad_token_id",
 }  # fmt: skip
 
 
@@ -33,7 +33,7 @@ WITHOUT_EFFECT = {
 }  # fmt: skip
 # Values, besides None, with which a field that is not supported asks for nothing.
 NEUTRAL = {
-    "num_beams": (1,), "num_return_sequences": (1,), "min_new_tokens": (0,), "min_length": (0,),
+    "num_beams": (1,), "num_return_sequences": (1,), "min_length": (0,),
     "no_repeat_ngram_size": (0,), "encoder_no_repeat_ngram_size": (0,), "encoder_repetition_penalty": (1, 1.0),
     "bad_words_ids": ([],), "suppress_tokens": ([],), "begin_suppress_tokens": ([],), "sequence_bias": ({},),
     "stop_strings": ([],), "guidance_scale": (1, 1.0), "penalty_alpha": (0, 0.0), "constraints": ([],),
@@ -41,7 +41,7 @@ NEUTRAL = {
     "output_hidden_states": (False,), "output_scores": (False,), "output_logits": (False,),
 }  # fmt: skip
 NEUTRAL_SAMPLING = {
-    "min_p": (0, 0.0), "typical_p": (1, 1.0), "epsilon_cutoff": (0, 0.0), "eta_cutoff": (0, 0.0), "top_h": (0, 0.0),
+    "typical_p": (1, 1.0), "epsilon_cutoff": (0, 0.0), "eta_cutoff": (0, 0.0), "top_h": (0, 0.0),
 }  # fmt: skip
 
 
@@ -89,6 +89,11 @@ def resolve_settings(config, settings: dict) -> ResolvedSettings:
         top_k=int(value("top_k", 0)) if do_sample else 0,
         top_p=float(value("top_p", 1.0)) if do_sample else 1.0,
         repetition_penalty=float(value("repetition_penalty", 1.0)),
+        min_p=float(value("min_p", 0.0)) if do_sample else 0.0,
+        frequency_penalty=float(value("frequency_penalty", 0.0)),
+        presence_penalty=float(value("presence_penalty", 0.0)),
+        logit_bias=tuple(sorted((int(token), float(bias)) for token, bias in value("logit_bias", {}).items())),
+        min_new_tokens=int(value("min_new_tokens", 0)),
     )
     pad = value("pad_token_id", eos[0] if eos else 0)
     return ResolvedSettings(sampling, max_new_tokens, eos, int(pad))

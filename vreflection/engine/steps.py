@@ -101,8 +101,12 @@ class HostStep:
             hidden = self.run_host(inputs_BD[:, None], position[None, :, None].expand(3, -1, 1), mask)
         return hidden[:, 0]
 
+    def logits(self, hidden_BD: torch.Tensor) -> torch.Tensor:
+        """`(B, V)`."""
+        return self.lm_head(hidden_BD)
+
     def pick(self, hidden_BD, needed, rows: SamplingRows, plan: PickPlan, state: DecodeState):
-        return pick_from_logits(self.lm_head(hidden_BD), rows, plan, state)
+        return pick_from_logits(self.logits(hidden_BD), rows, plan, state)
 
 
 class LayerWeights(NamedTuple):
@@ -177,8 +181,8 @@ class QwenStep(HostStep):
             x = x + F.linear(F.silu(F.linear(y, w.gate)) * F.linear(y, w.up), w.down)
         return F.rms_norm(x, (self.width,), self.final_norm.weight, self.final_norm.variance_epsilon)
 
-    def pick(self, hidden_BD, needed, rows: SamplingRows, plan: PickPlan, state: DecodeState):
-        return pick_from_logits(F.linear(hidden_BD, self.lm_head.weight), rows, plan, state)
+    def logits(self, hidden_BD: torch.Tensor) -> torch.Tensor:
+        return F.linear(hidden_BD, self.lm_head.weight)
 
 
 def layer_weights(layer: nn.Module) -> LayerWeights:
