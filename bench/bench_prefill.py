@@ -22,7 +22,7 @@ SIDES = {"64 visual tokens": 224, "400 visual tokens": 560}
 
 def prompts(count: int, side: int) -> list[dict]:
     """`count` questions about one image of random pixels."""
-    processor = vr.VReflectionProcessor.from_pretrained(base_dir(), None, None)
+    processor = vr.VReflectionProcessor.from_pretrained(base_dir())
     pixels = np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8)
     colours = ("red", "blue", "green", "yellow", "white", "black", "grey", "pink")
     image = Image.fromarray(pixels)

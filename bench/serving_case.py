@@ -20,7 +20,7 @@ from vreflection.serving.settings import ServeSettings
 
 def make(batch: int, queue: int = 100_000):
     torch.manual_seed(0)
-    processor = VReflectionProcessor.from_pretrained(base_dir(), None, None)
+    processor = VReflectionProcessor.from_pretrained(base_dir())
     ids = processor.token_ids
     names = {"lvr_start_id": ids.lvr_start, "lvr_id": ids.lvr, "lvr_latent_end_id": ids.lvr_latent_end}
     base = VReflectionForConditionalGeneration.from_pretrained(base_dir(), dtype=torch.float32)

@@ -198,10 +198,11 @@ def tokenizer():
 
 
 def processor():
-    from vreflection.model.processor import VReflectionProcessor, _pil_image_processor_class
+    from vreflection.model.image_settings import pil_image_processor_class
+    from vreflection.model.processor import VReflectionProcessor
 
     size = {"shortest_edge": 4 * 784, "longest_edge": 24 * 784}
-    return VReflectionProcessor(tokenizer(), _pil_image_processor_class()(size=size))
+    return VReflectionProcessor(tokenizer(), pil_image_processor_class()(size=size))
 
 
 @pytest.fixture(scope="session")

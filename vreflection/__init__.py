@@ -6,16 +6,18 @@ Names are imported on first use, so that `import vreflection` stays light.
 from __future__ import annotations
 
 import importlib
+from functools import partial
 from typing import TYPE_CHECKING
 
 from ._version import __version__
+from .after_import import after_import
 
 if TYPE_CHECKING:
     from . import losses, ops
     from .data.boxes import box_to_token_indices
     from .engine.decoder import LatentDecoder
     from .errors import CheckpointError, ConfigError, DataError
-    from .fuse import fuse
+    from .fused_attention import fuse
     from .model.config import VReflectionConfig
     from .model.modeling import VReflectionForConditionalGeneration
     from .model.processor import VReflectionProcessor
@@ -32,7 +34,7 @@ _HOMES = {
     "CheckpointError": "errors",
     "ConfigError": "errors",
     "DataError": "errors",
-    "fuse": "fuse",
+    "fuse": "fused_attention",
     "losses": "",
     "ops": "",
 }
@@ -67,3 +69,9 @@ def __getattr__(name: str):
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+# Our modules enter their classes into the host library's tables, so that its Auto classes give ours for a folder of
+# ours. The model's, which is heavy, follows when a configuration is read.
+for _table, _home in (("configuration_auto", "model.config"), ("processing_auto", "model.processor")):
+    after_import(f"transformers.models.auto.{_table}", partial(importlib.import_module, f".{_home}", __name__))

@@ -60,7 +60,7 @@ def test_every_item_is_answered_once_and_scored(evaluate, tmp_path, whole):
 def test_answers_are_the_models_own(whole, checkpoint, demo_root, short, tiny):
     """One question at a time by the public `generate`, with the public processor."""
     model = VReflectionForConditionalGeneration.from_pretrained(checkpoint).eval()
-    processor = VReflectionProcessor.from_pretrained(checkpoint, None, None)
+    processor = VReflectionProcessor.from_pretrained(checkpoint)
     protocol = load_protocol(short)
     found = {(row["benchmark"], row["id"]): row for row in rows(whole)}
     items = items_of(demo_root, *BENCHMARKS)
@@ -118,7 +118,7 @@ def test_one_image_is_prepared_encoded_and_prefilled_once(checkpoint, demo_root,
     items = items_of(demo_root, "hrbench4k")
     settings = EvalSettings(str(checkpoint), ("hrbench4k",), tmp_path, batch_size=4)
     model = running.load_model(checkpoint, settings)
-    processor = VReflectionProcessor.from_pretrained(checkpoint, None, None)
+    processor = VReflectionProcessor.from_pretrained(checkpoint)
     prompts, decoder = Prompts(processor, load_protocol(short)), LatentDecoder(model, max_batch_size=4)
     report = running.EvalReport({})
     answer_items(decoder, prompts, items, settings, Shard(), running.Counted(items, set(), None), report)
@@ -131,7 +131,7 @@ def test_one_image_is_prepared_encoded_and_prefilled_once(checkpoint, demo_root,
 
 
 def test_only_the_images_in_work_are_held(checkpoint, demo_root, short):
-    prompts = Prompts(VReflectionProcessor.from_pretrained(checkpoint, None, None), load_protocol(short))
+    prompts = Prompts(VReflectionProcessor.from_pretrained(checkpoint), load_protocol(short))
     for item in items_of(demo_root, "blink", "hrbench4k", "mme-realworld-lite"):
         asked = prompts.of(item)
         assert asked.error is None and prompts.kept.keys() == set(item.image_keys)

@@ -225,7 +225,7 @@ def test_configs_that_do_not_fit(saved):
     file = folder / "config.json"
     good = json.loads(file.read_text())
     for text, message in (
-        (json.dumps({**good, "model_type": "llama"}), "expected model_type 'qwen2_5_vl', got 'llama'"),
+        (json.dumps({**good, "model_type": "llama"}), "expected model_type vreflection or qwen2_5_vl, got 'llama'"),
         ("{", "config.json: not valid JSON"),
         ("[]", "config.json: expected an object"),
     ):

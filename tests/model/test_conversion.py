@@ -141,8 +141,10 @@ def test_plain_folder_loads_in_the_stock_library(release, tmp_path, tie):
     assert config["text_config"]["rope_parameters"]["mrope_section"] == [2, 3, 3]
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "plain")
     assert tokenizer.convert_tokens_to_ids("<|lvr|>") == 264
-    for name in ("chat_template.json", "generation_config.json", "preprocessor_config.json", "tokenizer.json"):
+    for name in ("chat_template.json", "generation_config.json", "tokenizer.json"):
         assert (tmp_path / "plain" / name).read_bytes() == (folder / name).read_bytes()
+    before, after = (json.loads((f / "preprocessor_config.json").read_text()) for f in (folder, tmp_path / "plain"))
+    assert after == {**before, "processor_class": "Qwen2_5_VLProcessor"}
 
 
 @pytest.mark.parametrize("layout", ["vreflection", "released"])

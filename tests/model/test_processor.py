@@ -8,7 +8,8 @@ from PIL import Image
 
 from vreflection.data.template import LATENT_TOKENS
 from vreflection.errors import CheckpointError, DataError
-from vreflection.model.processor import VReflectionProcessor, _pil_image_processor_class
+from vreflection.model.image_settings import pil_image_processor_class
+from vreflection.model.processor import VReflectionProcessor
 
 QWEN_TOKENS = (
     "<|endoftext|>",
@@ -35,7 +36,7 @@ def tokenizer(special_tokens=QWEN_TOKENS, pad_token="<|endoftext|>"):
 
 
 def image_processor(**options):
-    return _pil_image_processor_class()(size=dict(SIZE), **options)
+    return pil_image_processor_class()(size=dict(SIZE), **options)
 
 
 def noise(w, h, mode="RGB"):
@@ -92,12 +93,15 @@ def test_round_trip_through_a_folder(processor, checkpoint):
 
 
 def test_visual_token_limits(checkpoint):
-    assert VReflectionProcessor.from_pretrained(checkpoint).visual_token_limits == (128, 5120)
+    assert VReflectionProcessor.from_pretrained(checkpoint).visual_token_limits == (4, 24)
+    assert VReflectionProcessor.from_pretrained(checkpoint, 128, 5120).visual_token_limits == (128, 5120)
     assert VReflectionProcessor.from_pretrained(checkpoint, None, 30).visual_token_limits == (4, 30)
     assert VReflectionProcessor.from_pretrained(checkpoint, 8, None).visual_token_limits == (8, 24)
     with pytest.raises(ValueError, match="expected 0 < min <= max pixels"):
         VReflectionProcessor.from_pretrained(checkpoint, 25, None)
-    small = VReflectionProcessor.from_pretrained(checkpoint).process_images([noise(56, 56)])
+    with pytest.raises(TypeError, match="unexpected arguments .'min_pixels'.; .*min_visual_tokens"):
+        VReflectionProcessor.from_pretrained(checkpoint, min_pixels=3136)
+    small = VReflectionProcessor.from_pretrained(checkpoint, 128, 5120).process_images([noise(56, 56)])
     assert small["image_grid_thw"].tolist() == [[1, 24, 24]]  # the smallest square of at least 128 tokens
 
 
@@ -106,10 +110,10 @@ def test_older_spelling_of_the_limits(checkpoint):
     config = json.loads(path.read_text())
     del config["size"]
     path.write_text(json.dumps({**config, "min_pixels": 6 * 784, "max_pixels": 12 * 784}))
-    default = dict(_pil_image_processor_class().size)
-    assert VReflectionProcessor.from_pretrained(checkpoint, None, None).visual_token_limits == (6, 12)
+    default = dict(pil_image_processor_class().size)
+    assert VReflectionProcessor.from_pretrained(checkpoint).visual_token_limits == (6, 12)
     assert VReflectionProcessor.from_pretrained(checkpoint, 7, 9).visual_token_limits == (7, 9)
-    assert dict(_pil_image_processor_class().size) == default
+    assert dict(pil_image_processor_class().size) == default
 
 
 def test_incomplete_folders(checkpoint, tmp_path):
@@ -180,11 +184,21 @@ def test_call_accepts_single_values_and_paths(processor, tmp_path):
     image = noise(60, 60)
     image.save(tmp_path / "x.png")
     one = processor(image, "What?")
+    named = processor(text="What?", images=[image], return_tensors="pt", padding=True)
+    assert named.keys() == one.keys() and all(torch.equal(named[key], one[key]) for key in one)
+    two, nested = processor([image, image], "What?"), processor([[image, image]], ["What?"])
+    assert len(two["image_grid_thw"]) == 2 and torch.equal(two["input_ids"], nested["input_ids"])
+    assert processor(image, "What?").to(dtype=torch.bfloat16)["pixel_values"].dtype == torch.bfloat16
     assert set(one) == {"input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw"}
     assert torch.equal(one["pixel_values"], processor(str(tmp_path / "x.png"), "What?")["pixel_values"])
     assert set(processor(None, "Hi")) == {"input_ids", "attention_mask", "mm_token_type_ids"}
     assert (processor(None, ["Hi", "Hello"], padding="right")["attention_mask"][:, 0] == 1).all()
     with pytest.raises(ValueError, match=r"expected one entry of images per question \(2\), got 1; nest"):
         processor([image], ["a", "b"])
+    with pytest.raises(ValueError, match='return_tensors: expected "pt", got'):
+        processor(image, "What?", return_tensors="np")
+    with pytest.raises(ValueError, match="text: expected a question or a list of questions, got none"):
+        processor(image)
+    assert "lvr_start" in repr(processor)
     with pytest.raises(DataError, match="prompt 0: expected an image file"):
         processor([tmp_path / "none.png"], ["a"])

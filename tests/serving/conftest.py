@@ -62,7 +62,7 @@ def running(app, service):
 def parts(checkpoint):
     """The tiny model and its processor, loaded once."""
     model = VReflectionForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval()
-    return model, VReflectionProcessor.from_pretrained(checkpoint, None, None)
+    return model, VReflectionProcessor.from_pretrained(checkpoint)
 
 
 @pytest.fixture(scope="session")

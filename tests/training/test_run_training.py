@@ -127,7 +127,7 @@ def test_stage_2(stage1, stage2, workplace):
 
 
 def test_what_is_saved_can_be_used_alone(stage2, workplace, tiny):
-    processor = VReflectionProcessor.from_pretrained(workplace / "two", None, None)
+    processor = VReflectionProcessor.from_pretrained(workplace / "two")
     model = Model.from_pretrained(workplace / "two").eval()
     assert processor.token_ids.lvr == model.config.lvr_id == tiny.LVR
     batch = processor([Image.open(workplace / "images" / "notes" / "0.png")], ["q?"])
@@ -219,7 +219,7 @@ def test_cached_features_train_the_same(settings, stage1, workplace):
     from vreflection.data.visual_cot import read_visual_cot
 
     samples, _ = read_visual_cot(workplace / "rows.json", workplace / "images")
-    processor = VReflectionProcessor.from_pretrained(workplace / "base", None, None)
+    processor = VReflectionProcessor.from_pretrained(workplace / "base")
     base, cache = Model.from_pretrained(workplace / "base"), {}
     for sample in samples:
         made = processor.process_images([open_image(sample.image_paths[0])])

@@ -76,7 +76,7 @@ def run_ablation(settings: AblationSettings, on_progress: Progress | None = None
     if asked.force_latent and config.traits.slot_input == "none":
         raise ConfigError(f"force_latent: a checkpoint of stage {config.stage!r} has no latent steps; leave it out")
     if settings.rows is not None:
-        processor = VReflectionProcessor.from_pretrained(folder, None, None)
+        processor = VReflectionProcessor.from_pretrained(folder)
         rows = open_rows(str(settings.rows), settings.image_folder, image_view=settings.image_view)
         questions, view = row_questions(rows, settings, processor), rows.image_view
     else:

@@ -94,7 +94,7 @@ def load_processor(folder: Path, protocol: Protocol) -> VReflectionProcessor:
     Raises:
         ConfigError: half of the range is the checkpoint's and does not fit the other half.
     """
-    processor = VReflectionProcessor.from_pretrained(folder, None, None)
+    processor = VReflectionProcessor.from_pretrained(folder)
     size = processor.image_processor.size
     low, high = protocol.min_pixels or size["shortest_edge"], protocol.max_pixels or size["longest_edge"]
     if low > high:

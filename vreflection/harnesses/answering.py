@@ -77,7 +77,7 @@ class ChatAnswerer:
         if dtype is not None and dtype not in DTYPES:
             raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
         folder = local_folder(model)
-        self.processor = VReflectionProcessor.from_pretrained(folder, None, None)
+        self.processor = VReflectionProcessor.from_pretrained(folder)
         size = self.processor.image_processor.size
         low, high = min_pixels or size["shortest_edge"], max_pixels or size["longest_edge"]
         if low > high:

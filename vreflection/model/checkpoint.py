@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from ..errors import CheckpointError
-from .config import STAGES, VReflectionConfig
+from .config import HOST_MODEL_TYPE, STAGES, VReflectionConfig
 
 # Released checkpoints predate the host library's current module names.
 KEY_MAPPING = {
@@ -206,10 +206,9 @@ def load_config(folder: Path, shapes: dict[str, tuple[int, ...]], tokenizer: Pat
     if not file.exists():
         raise CheckpointError(f"{folder}: expected config.json, found none")
     values = read_json(file)
-    if values.get("model_type") != VReflectionConfig.model_type:
-        raise CheckpointError(
-            f"{file}: expected model_type {VReflectionConfig.model_type!r}, got {values.get('model_type')!r}"
-        )
+    known = (VReflectionConfig.model_type, HOST_MODEL_TYPE)
+    if values.get("model_type") not in known:
+        raise CheckpointError(f"{file}: expected model_type {' or '.join(known)}, got {values.get('model_type')!r}")
     config = VReflectionConfig.from_pretrained(folder)
     shown = detect_stage(shapes)
     if "stage" not in values:

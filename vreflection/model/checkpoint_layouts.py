@@ -8,10 +8,11 @@ from typing import Any
 from transformers import Qwen2_5_VLConfig
 
 from .checkpoint import detect_stage
-from .config import STAGES, VReflectionConfig
+from .config import HOST_MODEL_TYPE, STAGES, VReflectionConfig
 
 LAYOUTS = ("vreflection", "qwen2_5_vl", "released")
 PLAIN_CLASS = "Qwen2_5_VLForConditionalGeneration"
+PROCESSOR, PLAIN_PROCESSOR = "VReflectionProcessor", "Qwen2_5_VLProcessor"
 # Switches of the published training code that say which modules a checkpoint holds.
 TEACHER_SWITCH, STUDENT_SWITCH = "use_box_feature_resampler", "use_stage2_distillation"
 
@@ -52,7 +53,8 @@ def layout_config(
     else:
         values["stage"] = config.stage  # the tensors do not show it
     values["architectures"] = ["QwenWithLVR" if traits.teacher else PLAIN_CLASS]
-    return {**values, TEACHER_SWITCH: traits.teacher, STUDENT_SWITCH: traits.student}
+    switches = {TEACHER_SWITCH: traits.teacher, STUDENT_SWITCH: traits.student}
+    return {**values, "model_type": HOST_MODEL_TYPE, **switches}
 
 
 def latent_settings(values: dict[str, Any]) -> dict[str, Any]:
@@ -70,7 +72,8 @@ def plain_config(values: dict[str, Any]) -> dict[str, Any]:
         "pad_token_id",
         "quantization_config",
     }
-    return {name: value for name, value in values.items() if name in known} | {"architectures": [PLAIN_CLASS]}
+    plain = {name: value for name, value in values.items() if name in known}
+    return {**plain, "architectures": [PLAIN_CLASS], "model_type": HOST_MODEL_TYPE}
 
 
 def flat_config(values: dict[str, Any]) -> dict[str, Any]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
-from transformers import Qwen2_5_VLConfig
+from transformers import AutoConfig, Qwen2_5_VLConfig
 
 from ..errors import ConfigError
 
@@ -45,8 +46,15 @@ DECODE_STAGE = "decode"
 TRAINED_STAGES = tuple(sorted(set(STAGES) - {"base", DECODE_STAGE}))
 
 
+# The type of base models, released checkpoints and folders that earlier versions saved.
+HOST_MODEL_TYPE = Qwen2_5_VLConfig.model_type
+
+
 class VReflectionConfig(Qwen2_5_VLConfig):
     """A Qwen2.5-VL configuration plus the latent settings. Unknown keys of released checkpoints are kept.
+
+    The model type is our own, so that the host library's Auto classes give our model or refuse the folder: its plain
+    class would load the weights and answer without latents.
 
     Attributes:
         stage: one of `STAGES`.
@@ -55,7 +63,11 @@ class VReflectionConfig(Qwen2_5_VLConfig):
         region, roi_output_size, roi_sampling_ratio: the teacher's region (see `BoxGuidedCompression`).
         resampler_num_heads: heads of both modules; `None` = `min(8, D // 64)`.
         query_init_std: standard deviation of the teacher's initial queries.
+        probe_offset, alignment_offset: where the hidden states were taken that the student starts from and that were
+            aligned to the teacher, relative to the slots; set through the model's `objective` (see `LatentObjective`).
     """
+
+    model_type = "vreflection"
 
     stage: str = "base"
     num_latent_tokens: int = 8
@@ -68,6 +80,8 @@ class VReflectionConfig(Qwen2_5_VLConfig):
     roi_sampling_ratio: int = 2
     resampler_num_heads: int | None = None
     query_init_std: float = 0.02
+    probe_offset: int = 0
+    alignment_offset: int = -1
 
     @property
     def traits(self) -> StageTraits:
@@ -81,6 +95,19 @@ class VReflectionConfig(Qwen2_5_VLConfig):
         return self.text_config.hidden_size  # pyright: ignore[reportOptionalMemberAccess]
 
     @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        values, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if values.get("model_type") == HOST_MODEL_TYPE:
+            values = {**values, "model_type": cls.model_type}
+        return values, unused
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        if "transformers.models.auto.modeling_auto" in sys.modules:
+            from . import modeling  # noqa: F401  # before its tables are asked for this configuration's model
+        return super().from_dict(config_dict, **kwargs)
+
+    @classmethod
     def from_base_config(cls, base: Qwen2_5_VLConfig, stage: str, **overrides) -> VReflectionConfig:
         """The base model's settings with latent settings on top."""
         values = base.to_dict()
@@ -91,3 +118,6 @@ class VReflectionConfig(Qwen2_5_VLConfig):
         config = cls(**{**values, **overrides, "stage": stage})
         _ = config.traits
         return config
+
+
+AutoConfig.register(VReflectionConfig.model_type, VReflectionConfig)

@@ -28,8 +28,9 @@ from .checkpoint import (
     local_folder,
     read_json,
 )
-from .checkpoint_layouts import LAYOUTS, layout_config, stored_name
+from .checkpoint_layouts import LAYOUTS, PLAIN_PROCESSOR, PROCESSOR, layout_config, stored_name
 from .config import DECODE_STAGE, VReflectionConfig
+from .image_settings import set_processor_class
 from .processor import add_latent_tokens, load_tokenizer
 from .weight_files import DTYPES, plan_shards, same_bytes, write_weights, written_bytes
 
@@ -269,6 +270,8 @@ def copy_companions(source: Path, companions: Path, partial: Path, config: VRefl
         found = next((place / name for place in places if (place / name).exists()), None)
         if found is not None:
             shutil.copyfile(found, partial / name)
+    for name in (IMAGE_FILE, "tokenizer_config.json"):
+        name_processor(partial / name, to)
     known = added_tokens(companions)
     needs_latents = to != "qwen2_5_vl" or config.traits.slot_style != "none"
     if needs_latents and any(token not in known for token in LATENT_TOKENS):
@@ -287,6 +290,13 @@ def copy_companions(source: Path, companions: Path, partial: Path, config: VRefl
             f"{companions}: expected the tokenizer to agree with config.json ({given}, below {rows} rows), got {ids}; "
             "use the tokenizer saved with these weights: --tokenizer-from <folder>"
         )
+
+
+def name_processor(file: Path, layout: str) -> None:
+    """Name the processor class of a layout where a settings file names one or the other, for `AutoProcessor`."""
+    name = PROCESSOR if layout == "vreflection" else PLAIN_PROCESSOR
+    if file.exists() and read_json(file).get("processor_class") in {PROCESSOR, PLAIN_PROCESSOR} - {name}:
+        set_processor_class(file, name)
 
 
 def complete_tokenizer(companions: Path, partial: Path) -> dict[str, int]:

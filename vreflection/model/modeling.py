@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers import AutoModel, AutoModelForImageTextToText, Qwen2_5_VLForConditionalGeneration
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils import ModelOutput
 
 from ..errors import CheckpointError, ConfigError
@@ -91,8 +92,19 @@ class VReflectionForConditionalGeneration(CheckpointMixin, LatentGenerationMixin
             )
         if traits.student:
             self.student_resampler = DynamicAutoregressiveCompression(width, config.resampler_num_heads)
-        self.objective = LatentObjective.for_stage(config.stage)
+        offsets = {name: getattr(config, name) for name in ("probe_offset", "alignment_offset")}
+        self.objective = LatentObjective.for_stage(config.stage, **offsets)
         self.fused_cross_entropy: FusedCrossEntropy | None = None
+
+    @property
+    def objective(self) -> LatentObjective:
+        """The losses of `forward`; its offsets also go into the configuration: they hold for the trained weights."""
+        return self._objective
+
+    @objective.setter
+    def objective(self, objective: LatentObjective) -> None:
+        self._objective = objective
+        self.config.probe_offset, self.config.alignment_offset = objective.probe_offset, objective.alignment_offset
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -396,5 +408,10 @@ def connected_zero(hidden: torch.Tensor, module: nn.Module) -> torch.Tensor:
             total = total + parameter.float().sum()
     return total * 0.0
 
+
+for auto_class in (AutoModel, AutoModelForImageTextToText):
+    auto_class.register(VReflectionConfig, VReflectionForConditionalGeneration)
+# The pipeline looks names up here, to say whether it knows the class.
+MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[VReflectionConfig.model_type] = VReflectionForConditionalGeneration.__name__
 
 __all__ = ["STAGES", "VReflectionForConditionalGeneration", "VReflectionOutput"]

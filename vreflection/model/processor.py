@@ -2,14 +2,18 @@
 
 import inspect
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 from PIL import Image
 from torch import Tensor
+from transformers import AutoProcessor, AutoTokenizer, Qwen2Tokenizer
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.processing_utils import ProcessorMixin
 
 from vreflection.data.collate import Collator
-from vreflection.data.encode import encode_prompt
+from vreflection.data.encode import EncodedSample, encode_chat, encode_prompt
 from vreflection.data.images import check_image_size
 from vreflection.data.pixels import to_rgb
 from vreflection.data.template import (
@@ -24,19 +28,25 @@ from vreflection.data.template import (
     VISION_END,
     VISION_START,
     LatentTokenIds,
+    chat_segments,
 )
 from vreflection.errors import CheckpointError
-
-# Training limits of the method, in visual tokens per image (28 x 28 px each with the released checkpoints).
-MIN_VISUAL_TOKENS = 128
-MAX_VISUAL_TOKENS = 5120
+from vreflection.model.chat_messages import read_conversation, split_conversations
+from vreflection.model.config import VReflectionConfig
+from vreflection.model.image_settings import first_line, load_image_processor, set_processor_class, token_pixels
 
 # An image, its file, or the bytes of one.
 ImageLike = Image.Image | bytes | str | Path
 _GENERATE_KEYS = ("input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw")
+# What the host library's Auto classes and pipelines pass along: for fetching files, and for others than a processor.
+_HUB_ARGUMENTS = {"cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder"}
+_FOR_OTHERS = {
+    "_from_auto", "_from_pipeline", "_commit_hash", "trust_remote_code", "use_fast", "dtype", "torch_dtype",
+    "device_map", "attn_implementation", "quantization_config",
+}  # fmt: skip
 
 
-class VReflectionProcessor:
+class VReflectionProcessor(ProcessorMixin):
     """Everything between raw text and images and the model's tensors.
 
     Tokens of the latent span that the tokenizer lacks are added to it, in the order of the method's contract.
@@ -47,7 +57,8 @@ class VReflectionProcessor:
         token_ids: ids from a model config; read from the tokenizer when None.
 
     Attributes:
-        token_ids: ids of all special tokens (`LatentTokenIds`).
+        token_ids: ids of the special tokens that the method uses (`LatentTokenIds`).
+        special_tokens: the texts of all special tokens of the tokenizer; plain text must not spell them.
 
     Raises:
         CheckpointError: the tokenizer lacks Qwen2.5-VL's own special tokens or disagrees with `token_ids`.
@@ -62,33 +73,56 @@ class VReflectionProcessor:
             )
         self.tokenizer = tokenizer
         self.image_processor = image_processor
+        self.chat_template = getattr(tokenizer, "chat_template", None)
         self.token_ids = found
+        added = tokenizer.added_tokens_decoder.values()
+        # What `encode_text` turns into one id wherever a text spells it.
+        self.special_tokens = tuple(dict.fromkeys([token.content for token in added if token.special]))
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # pyright: ignore[reportIncompatibleMethodOverride]
         cls,
-        path: str | Path,
-        min_visual_tokens: int | None = MIN_VISUAL_TOKENS,
-        max_visual_tokens: int | None = MAX_VISUAL_TOKENS,
+        pretrained_model_name_or_path: str | Path,
+        min_visual_tokens: int | None = None,
+        max_visual_tokens: int | None = None,
         token_ids: LatentTokenIds | None = None,
+        **kwargs,
     ) -> "VReflectionProcessor":
         """Load tokenizer and image settings from a checkpoint folder (or anything the host library resolves).
 
         Args:
-            path: checkpoint folder.
+            pretrained_model_name_or_path: checkpoint folder.
             min_visual_tokens, max_visual_tokens: limits per image; None keeps the checkpoint's own.
             token_ids: see the class.
+            kwargs: where the host library fetches files: `revision, cache_dir, token`, ….
 
         Raises:
             CheckpointError: files are missing or unusable.
         """
-        image_processor = _load_image_processor(str(path), min_visual_tokens, max_visual_tokens)
-        return cls(load_tokenizer(path), image_processor, token_ids)
+        unknown = set(kwargs) - _HUB_ARGUMENTS - _FOR_OTHERS
+        if unknown:
+            raise TypeError(
+                f"from_pretrained: unexpected arguments {sorted(unknown)}; image sizes are limited by "
+                "min_visual_tokens and max_visual_tokens"
+            )
+        hub = {name: value for name, value in kwargs.items() if name in _HUB_ARGUMENTS}
+        path = str(pretrained_model_name_or_path)
+        image_processor = load_image_processor(path, min_visual_tokens, max_visual_tokens, **hub)
+        return cls(load_tokenizer(path, **hub), image_processor, token_ids)
 
-    def save_pretrained(self, path: str | Path) -> None:
-        """Write tokenizer and image settings so that `from_pretrained(path, None, None)` gives the same processor."""
-        self.tokenizer.save_pretrained(str(path))
-        self.image_processor.save_pretrained(str(path))
+    def save_pretrained(self, save_directory: str | Path) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Write tokenizer and image settings so that `from_pretrained(folder)` gives the same processor."""
+        for part, file in (
+            (self.tokenizer, "tokenizer_config.json"),
+            (self.image_processor, "preprocessor_config.json"),
+        ):
+            part.save_pretrained(str(save_directory))
+            set_processor_class(Path(save_directory) / file, type(self).__name__)
+
+    def to_dict(self) -> dict[str, Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Image settings and token ids; the tokenizer has files of its own."""
+        parts = {"image_processor": self.image_processor.to_dict(), "token_ids": asdict(self.token_ids)}
+        return {"processor_class": type(self).__name__, **parts}
 
     @property
     def spatial_merge_size(self) -> int:
@@ -98,7 +132,7 @@ class VReflectionProcessor:
     @property
     def visual_token_limits(self) -> tuple[int, int]:
         """Smallest and largest number of visual tokens an image is resized to."""
-        area = _token_pixels(self.image_processor.patch_size, self.image_processor.merge_size)
+        area = token_pixels(self.image_processor.patch_size, self.image_processor.merge_size)
         size = self.image_processor.size
         return size["shortest_edge"] // area, size["longest_edge"] // area
 
@@ -138,56 +172,132 @@ class VReflectionProcessor:
         )
         return 1, rows // patch, columns // patch
 
-    def __call__(
+    def __call__(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
-        images: ImageLike | Sequence[ImageLike | Sequence[ImageLike] | None] | None,
-        questions: str | Sequence[str],
-        padding: Literal["left", "right"] = "left",
+        images: ImageLike | Sequence[ImageLike | Sequence[ImageLike] | None] | None = None,
+        text: str | Sequence[str] | None = None,
+        *,
+        padding: Literal["left", "right", "longest", True] = "left",
+        return_tensors: Literal["pt"] | None = "pt",
         return_position_ids: bool = False,
-    ) -> dict[str, Tensor]:
+    ) -> BatchFeature:
         """Prompts ready for `model.generate(**batch)`.
 
         Args:
             images: per question one image, a list of images or None; None for text only. Images are PIL,
                 paths or bytes of files, and taken as a viewer shows them.
-            questions: one text or a list; without `<image>` placeholders the images go in front of the text.
-            padding: side of the padding; decoding needs "left".
+            text: one question or a list, plain text: the template is put around it. Without `<image>` placeholders the
+                images go in front of the text.
+            padding: side of the padding; decoding needs "left", which "longest" and True stand for.
+            return_tensors: torch tensors either way.
             return_position_ids: also return `position_ids` (3, B, L), 0 at padding.
 
         Returns:
             `input_ids`, `attention_mask`, `mm_token_type_ids` (B, L), and `pixel_values`, `image_grid_thw` if any
             prompt has images.
         """
-        texts = [questions] if isinstance(questions, str) else list(questions)
-        groups = _group_images(images, len(texts))
+        if text is None:
+            raise ValueError("text: expected a question or a list of questions, got none")
+        questions = [text] if isinstance(text, str) else list(text)
+        groups = _group_images(images, len(questions), single=isinstance(text, str))
         prompts = [
-            encode_prompt(text, self, group, source=f"prompt {n}")
-            for n, (text, group) in enumerate(zip(texts, groups, strict=True))
+            encode_prompt(question, self, group, source=f"prompt {n}")
+            for n, (question, group) in enumerate(zip(questions, groups, strict=True))
         ]
-        batch = Collator(self.token_ids.pad, padding)(prompts)
-        keys = (*_GENERATE_KEYS, "position_ids") if return_position_ids else _GENERATE_KEYS
-        return {key: batch[key] for key in keys if key in batch and len(batch[key])}
+        return self._batch(prompts, padding, return_tensors, return_position_ids)
 
-    def decode(self, ids: Iterable[int] | Tensor, skip_special_tokens: bool = True) -> str:
+    def apply_chat_template(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        conversation: Any,
+        *,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        tokenize: bool = False,
+        return_dict: bool = False,
+        return_tensors: Literal["pt"] | None = "pt",
+        padding: Literal["left", "right", "longest", True] = "left",
+        processor_kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """A conversation, or a batch of them, as the model is prompted with it; the template is that of training.
+
+        Args:
+            conversation: messages `{"role": …, "content": text or parts}`; parts are `{"type": "text", "text": …}` and
+                `{"type": "image", "image": …}` (PIL, path, bytes), or `url`.
+            add_generation_prompt, continue_final_message: one of them: the model begins an answer, or goes on with the
+                last message.
+            processor_kwargs: further arguments, `padding` and `return_tensors`.
+
+        Returns:
+            text; with `tokenize` the ids `(B, L)`, and with `return_dict` as well all that `generate` takes. The text
+            is for reading: `__call__` takes plain questions and refuses special tokens in them.
+
+        Raises:
+            ValueError: messages of another form. DataError: an unusable image or text.
+        """
+        if bool(add_generation_prompt) == bool(continue_final_message):
+            raise ValueError(
+                "expected one of add_generation_prompt=True and continue_final_message=True: the processor makes "
+                "prompts to answer"
+            )
+        parts, batched = split_conversations(conversation)
+        chats = [read_conversation(messages) for messages in parts]
+        for chat in chats:
+            if (chat.turns[-1].role if chat.turns else None) != ("assistant" if continue_final_message else "user"):
+                raise ValueError(
+                    "conversation: expected a user message last with add_generation_prompt, an assistant's with "
+                    f"continue_final_message, got {[turn.role for turn in chat.turns]}"
+                )
+        if not tokenize:
+            texts = ["".join(segment.text for segment in chat_segments(chat.turns, chat.system)) for chat in chats]
+            return texts if batched else texts[0]
+        prompts = [
+            encode_chat(chat.turns, self, chat.images, system=chat.system, source=f"conversation {n}")  # pyright: ignore
+            for n, chat in enumerate(chats)
+        ]
+        settings = {"padding": padding, "return_tensors": return_tensors, **(processor_kwargs or {})}
+        batch = self._batch(prompts, **settings)
+        return batch if return_dict else batch["input_ids"]
+
+    def _batch(
+        self, prompts: list[EncodedSample], padding: Any, return_tensors: Any, return_position_ids: bool = False
+    ) -> BatchFeature:
+        if padding not in ("left", "right", "longest", True):
+            raise ValueError(f'padding: expected "left", "right", "longest" or True, got {padding!r}')
+        if return_tensors not in ("pt", None):
+            raise ValueError(f'return_tensors: expected "pt", got {return_tensors!r}')
+        batch = Collator(self.token_ids.pad, "right" if padding == "right" else "left")(prompts)
+        keys = (*_GENERATE_KEYS, "position_ids") if return_position_ids else _GENERATE_KEYS
+        return BatchFeature({key: batch[key] for key in keys if key in batch and len(batch[key])})
+
+    def decode(self, ids: Iterable[int] | Tensor, skip_special_tokens: bool = True) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Text of one row of token ids."""
         values = [int(value) for value in ids]
         return self.tokenizer.decode(values, skip_special_tokens=skip_special_tokens)
 
+    def batch_decode(self, ids: Iterable[Iterable[int] | Tensor], skip_special_tokens: bool = True) -> list[str]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Texts of several rows."""
+        return [self.decode(row, skip_special_tokens) for row in ids]
 
-def load_tokenizer(path: str | Path) -> Any:
+    def post_process_image_text_to_text(self, generated_outputs, skip_special_tokens: bool = True) -> list[str]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """`batch_decode` under the name that the host library's pipeline calls."""
+        return self.batch_decode(generated_outputs, skip_special_tokens)
+
+
+def load_tokenizer(path: str | Path, **hub) -> Any:
     """A folder's tokenizer as it is; from `tokenizer.json`, or from `vocab.json` and `merges.txt`.
+
+    Args:
+        hub: where the host library fetches files.
 
     Raises:
         CheckpointError: nothing there that loads.
     """
-    from transformers import AutoTokenizer
-
     try:
-        return AutoTokenizer.from_pretrained(str(path))
+        return AutoTokenizer.from_pretrained(str(path), **hub)
     except (OSError, ValueError, ImportError) as error:  # ImportError: the loader's last resorts are not installed
         raise CheckpointError(
             f"expected tokenizer.json and tokenizer_config.json in {path}, got no tokenizer that loads "
-            f"({_first_line(error)}); copy the tokenizer files of the base model there, or bring weights and tokenizer "
+            f"({first_line(error)}); copy the tokenizer files of the base model there, or bring weights and tokenizer "
             "together: vreflection convert --tokenizer-from <folder>"
         ) from error
 
@@ -202,11 +312,14 @@ def add_latent_tokens(tokenizer: Any) -> LatentTokenIds:
     return _read_token_ids(tokenizer)
 
 
-def _group_images(images: Any, count: int) -> list[list[ImageLike]]:
-    """One list of images per question."""
+def _group_images(images: Any, count: int, single: bool = False) -> list[list[ImageLike]]:
+    """One list of images per question; a `single` question may have its images without a list around them."""
+    plain = (Image.Image, bytes, str, Path)
     if images is None:
         return [[] for _ in range(count)]
-    if isinstance(images, (Image.Image, bytes, str, Path)):
+    if isinstance(images, plain):
+        images = [images]
+    if single and len(images) != 1 and all(isinstance(image, plain) for image in images):
         images = [images]
     if len(images) != count:
         raise ValueError(
@@ -215,8 +328,7 @@ def _group_images(images: Any, count: int) -> list[list[ImageLike]]:
         )
     groups = []
     for group in images:
-        single = isinstance(group, (Image.Image, bytes, str, Path))
-        groups.append([] if group is None else [group] if single else list(group))
+        groups.append([] if group is None else [group] if isinstance(group, plain) else list(group))
     return groups
 
 
@@ -252,56 +364,5 @@ def _read_token_ids(tokenizer: Any) -> LatentTokenIds:
     return LatentTokenIds(pad=tokenizer.pad_token_id, **{name: vocab[token] for name, token in names.items()})
 
 
-def _load_image_processor(path: str, min_visual_tokens: int | None, max_visual_tokens: int | None) -> Any:
-    processor_class = _pil_image_processor_class()
-    try:
-        config, _ = processor_class.get_image_processor_dict(path)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"expected preprocessor_config.json in {path}, got none that loads ({_first_line(error)}); "
-            "copy the file of the Qwen2.5-VL base model there"
-        ) from error
-    # Both spellings occur in released checkpoints; one explicit size keeps the class default out of it.
-    size = {**dict(processor_class.size), **(config.pop("size", None) or {})}
-    area = _token_pixels(
-        config.get("patch_size", processor_class.patch_size), config.get("merge_size", processor_class.merge_size)
-    )
-    for edge, pixels_key, tokens in (
-        ("shortest_edge", "min_pixels", min_visual_tokens),
-        ("longest_edge", "max_pixels", max_visual_tokens),
-    ):
-        pixels = config.pop(pixels_key, None) or size.pop(pixels_key, None) or size.get(edge)
-        size[edge] = pixels if tokens is None else tokens * area
-    if not 0 < size["shortest_edge"] <= size["longest_edge"]:
-        raise ValueError(
-            f"expected 0 < min <= max pixels per image, got {size}; change min_visual_tokens or max_visual_tokens"
-        )
-    return processor_class(**config, size=size)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
-
-
-def _token_pixels(patch_size: int, merge_size: int) -> int:
-    """Pixels behind one visual token."""
-    return (patch_size * merge_size) ** 2
-
-
-def _pil_image_processor_class() -> Any:
-    """The host library's image processor that needs no torchvision."""
-    try:
-        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
-        return Qwen2VLImageProcessorPil
-    except ImportError:
-        import transformers
-
-    # Some versions call the PIL implementation by the plain name; the torchvision one shares that name elsewhere.
-    plain = getattr(transformers, "Qwen2VLImageProcessor", None)
-    if isinstance(plain, type) and not any("Torchvision" in base.__name__ for base in plain.__mro__):
-        return plain
-    raise ImportError(
-        f"expected a PIL image processor for Qwen2-VL, got none in transformers {transformers.__version__}; "
-        "install transformers>=5.5.4"
-    )
+AutoProcessor.register(VReflectionConfig, VReflectionProcessor)
+AutoTokenizer.register(VReflectionConfig, fast_tokenizer_class=Qwen2Tokenizer)

@@ -163,7 +163,7 @@ def train_arm(arm: Arm, cache: Cache, on_step: Callable[[int, int], None]) -> tu
         samples = curriculum(samples, arm.settings.steps_of(arm.name), batch, arm.settings.seed)
     watch = None
     if arm.settings.decode_every:
-        processor = VReflectionProcessor.from_pretrained(arm.model, None, None)
+        processor = VReflectionProcessor.from_pretrained(arm.model)
         watch = DecodeCurve(arm.settings.decode_every, arm.rows("validation"), processor, cache)
     trained = run_training(
         settings, samples=samples, feature_cache=cache, on_step=on_step, handle_signals=False,

@@ -181,7 +181,7 @@ class Quickstart:
         if is_safetensors(target):
             self.on_progress("visual tokens", 1, 1)
             return target
-        processor = VReflectionProcessor.from_pretrained(base, None, None)
+        processor = VReflectionProcessor.from_pretrained(base)
         paths = sorted((self.data / "images" / "notes").glob("*.jpg"))
         tokens: dict[str, torch.Tensor] = {}
         with self.timed("visual tokens"), torch.autocast("cpu", torch.bfloat16, enabled=autocast_bf16()):
@@ -201,7 +201,7 @@ class Quickstart:
     def show(self, test: list[Sample]) -> list[dict[str, Any]]:
         folder = self.folder / "arms" / REPORTED_ARM
         model = VReflectionForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-        processor = VReflectionProcessor.from_pretrained(folder, None, None)
+        processor = VReflectionProcessor.from_pretrained(folder)
         return examples(model, processor, test, image_tokens(self.features, self.data), self.settings.examples)
 
     def publish(self, results: dict[str, Any], shown: list[dict[str, Any]], test: list[Sample]) -> dict[str, Any]:

@@ -246,7 +246,7 @@ def load(settings: LookSettings) -> tuple[VReflectionForConditionalGeneration, V
     model = VReflectionForConditionalGeneration.from_pretrained(folder, dtype=dtype)
     check_takes_latents(model)
     settings.attention.resolve(model)
-    return model.eval().to(where), VReflectionProcessor.from_pretrained(folder, None, None)
+    return model.eval().to(where), VReflectionProcessor.from_pretrained(folder)
 
 
 def _numbers(name: str, text: str | None) -> tuple[int, ...] | None:
