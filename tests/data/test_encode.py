@@ -226,6 +226,10 @@ def test_prompt_placeholders(processor):
         encode_prompt("<image><image>", processor, [image])
     with pytest.raises(DataError, match="prompt: expected plain text"):
         encode_prompt("<|lvr|>", processor)
+    with pytest.raises(DataError, match="endoftext"):  # the tokenizer's own, which the template does not use
+        encode_prompt("<|endoftext|>", processor)
+    with pytest.raises(DataError, match="expected whole characters, got '.udcff' at character 3"):
+        encode_prompt("ok \udcff", processor)
     with pytest.raises(DataError, match="expected at most 5 tokens"):
         encode_prompt("What?", processor, max_length=5)
     tokens = torch.zeros(4, 7)

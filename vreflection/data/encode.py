@@ -53,6 +53,9 @@ class SampleProcessor(Protocol):
     def token_ids(self) -> LatentTokenIds: ...
 
     @property
+    def special_tokens(self) -> Sequence[str]: ...
+
+    @property
     def spatial_merge_size(self) -> int: ...
 
     def encode_text(self, text: str) -> list[int]: ...
@@ -162,7 +165,7 @@ def encode_prompt(
     Raises:
         DataError: placeholders and images do not match, special tokens in the text, or `too-long`.
     """
-    check_reserved(question, source)
+    check_reserved(question, source, processor.special_tokens)
     prepared = _prepare_images(images, processor, image_tokens, source, image_view)
     num_images = len(prepared["image_grid_thw"])
     if IMAGE_PLACEHOLDER not in question:
@@ -190,9 +193,9 @@ def encode_chat(
         max_length, source: see `encode_prompt`.
 
     Raises:
-        DataError: turns out of order, special tokens in the text, images that do not match, or `too-long`.
+        DataError: special tokens in the text, images that do not match, or `too-long`.
     """
-    segments = chat_segments(turns, system)
+    segments = chat_segments(turns, system, processor.special_tokens)
     if images and all(isinstance(image, Mapping) for image in images):
         names = ("pixel_values", "image_grid_thw")
         prepared = {name: torch.cat([image[name] for image in images]) for name in names}  # pyright: ignore

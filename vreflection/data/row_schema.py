@@ -1,6 +1,6 @@
 """One row of Visual-CoT data: its keys and spellings, and every check that turns it into a `Sample`.
 
-Reasons added here: `row-type`, `missing-key`, `image-type`, `image-count`, `conversation-type`, `text-surrogate`,
+Reasons added here: `row-type`, `missing-key`, `image-type`, `image-count`, `conversation-type`,
 `box-count`, `box-image-ambiguous`, `box-images`; the rest come from `boxes`, `images` and `template`.
 """
 
@@ -114,12 +114,6 @@ def _parse_turns(value: Any, source: str) -> tuple[Turn, ...]:
             f"expected a list of {{from: {'/'.join(_ROLES)}, value: text}}, got {describe(value)}; {_ROW_FIX}",
             source,
         )
-    for turn in value:
-        try:
-            turn["value"].encode()
-        except UnicodeEncodeError as error:
-            got = f"half a surrogate pair at position {error.start} of {describe(turn['value'])}"
-            raise DataError("text-surrogate", f"expected whole characters, got {got}; {_ROW_FIX}", source) from None
     return tuple(Turn(cast(Role, _ROLES[turn["from"]]), turn["value"]) for turn in value)
 
 

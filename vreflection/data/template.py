@@ -4,7 +4,7 @@ Ids always arrive through `LatentTokenIds`; this file knows token strings only.
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -131,16 +131,35 @@ def check_turns(turns: Sequence[Turn], source: str | None = None) -> None:
         check_reserved(turn.text, source)
 
 
-def check_reserved(text: str, source: str | None = None) -> None:
-    """Raise DataError `reserved-token` if plain text spells a special token of the template."""
-    found = [token for token in _RESERVED if token in text]
-    if found:
+def check_reserved(text: str, source: str | None = None, special_tokens: Collection[str] = ()) -> None:
+    """Raise DataError `reserved-token` if plain text spells a special token of the template, `text-surrogate` if it has
+    half characters, which JSON's escapes and broken command lines can spell and no tokenizer reads.
+
+    Args:
+        special_tokens: further ones, such as all of a tokenizer's.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            "text-surrogate",
+            f"expected whole characters, got {text[error.start]!r} at character {error.start}; was the text cut inside "
+            "an emoji, or is it no UTF-8?",
+            source,
+        ) from None
+    spelled = reserved_in(text, special_tokens)
+    if spelled:
         raise DataError(
             "reserved-token",
             f"expected plain text with {IMAGE_PLACEHOLDER} and {LATENT_PLACEHOLDER} placeholders, got special tokens "
-            f"{found}; replace them by placeholders or remove them",
+            f"{spelled}; replace them by placeholders or remove them",
             source,
         )
+
+
+def reserved_in(text: str, special_tokens: Collection[str] = ()) -> list[str]:
+    """The special tokens, of the template and those given, that plain text spells."""
+    return [token for token in dict.fromkeys((*_RESERVED, *special_tokens)) if token in text]
 
 
 def conversation_segments(turns: Sequence[Turn], slot_style: SlotStyle, num_latents: int) -> list[Segment]:
@@ -172,29 +191,32 @@ def prompt_segments(question: str) -> list[Segment]:
 class ChatTurn(NamedTuple):
     """One turn of a conversation to go on with; a part is text as it stands, or `None` for an image."""
 
-    role: Role
+    role: Role | Literal["system"]
     parts: Sequence[str | None]
 
 
-def chat_segments(turns: Sequence[ChatTurn], system: str = SYSTEM_PROMPT) -> list[Segment]:
+def chat_segments(
+    turns: Sequence[ChatTurn], system: str = SYSTEM_PROMPT, special_tokens: Collection[str] = ()
+) -> list[Segment]:
     """ChatML text of a conversation and the header of the answer to come.
 
+    Args:
+        turns: in any order; a last turn of the assistant is the beginning of the answer, which goes on behind it.
+        special_tokens: of the tokenizer, refused in texts like the template's own.
+
     Raises:
-        DataError: `conversation-order` unless user and assistant alternate, the user first and last; `reserved-token`.
+        DataError: `reserved-token`.
     """
-    roles = [turn.role for turn in turns]
-    if len(roles) % 2 != 1 or roles != (["user", "assistant"] * len(roles))[: len(roles)]:
-        raise DataError(
-            "conversation-order",
-            f"expected user and assistant turns that alternate, the user first and last, got {roles}; merge or reorder "
-            "them",
-        )
-    segments = [_system_segment(system)]
+    check_reserved(system, special_tokens=special_tokens)
+    segments, shown = [_system_segment(system)], ""
     for turn in turns:
         shown = "".join(VISION_START + IMAGE_PAD + VISION_END if part is None else part for part in turn.parts)
-        check_reserved("".join(part for part in turn.parts if part is not None))
+        check_reserved("".join(part for part in turn.parts if part is not None), special_tokens=special_tokens)
         segments.append(Segment(f"{TURN_START}{turn.role}\n{shown}{TURN_END}\n", False))
-    return [*segments, Segment(f"{TURN_START}assistant\n", False)]
+    header = Segment(f"{TURN_START}assistant\n", False)
+    if turns and turns[-1].role == "assistant":
+        return [*segments[:-1], header, Segment(shown, False)]
+    return [*segments, header]
 
 
 def _system_segment(text: str = SYSTEM_PROMPT) -> Segment:
