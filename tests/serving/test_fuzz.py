@@ -34,13 +34,20 @@ latent = st.fixed_dictionaries(
         "use": st.fixed_dictionaries({"data": st.text(max_size=9), "shape": st.lists(number, max_size=3)}),
     },
 )  # fmt: skip
+formats = st.one_of(
+    st.just({"type": "json_object"}),
+    st.fixed_dictionaries({"type": st.just("json_schema"), "json_schema": st.fixed_dictionaries({"schema": anything})}),
+)
 body = st.fixed_dictionaries(
     {"model": st.just("tiny"), "messages": st.lists(message, max_size=3)},
     optional={
         "max_tokens": number, "max_completion_tokens": number, "temperature": number, "top_p": number, "top_k": number,
         "n": number, "seed": number, "stop": text | st.lists(text, max_size=5) | anything, "stream": st.booleans(),
         "stream_options": anything, "latent": latent | anything, "repetition_penalty": number, "tools": anything,
-        "logprobs": anything, "user": anything, "response_format": anything,
+        "logprobs": st.booleans() | anything, "user": anything, "response_format": formats | anything,
+        "top_logprobs": number, "min_p": number, "frequency_penalty": number, "presence_penalty": number,
+        "logit_bias": st.dictionaries(st.integers(-2, 400).map(str) | text, number, max_size=3) | anything,
+        "min_tokens": number, "stop_token_ids": st.lists(number, max_size=4) | anything, "ignore_eos": st.booleans(),
     },
 )  # fmt: skip
 
@@ -79,6 +86,16 @@ def encoded(value):
 @given(body=body | anything)
 def test_bodies(fuzzed, body):
     check(fuzzed[1].post("/chat/completions", content=encoded(body), headers={"content-type": "application/json"}))
+
+
+@fuzzing
+@given(body=body, given=anything | st.lists(message, max_size=3))
+def test_bodies_of_the_other_interfaces(fuzzed, body, given):
+    """The chat's fields with what these interfaces answer, in the field that each has for it."""
+    fields = {name: value for name, value in body.items() if name not in ("messages", "max_completion_tokens")}
+    for path, name in (("/completions", "prompt"), ("/responses", "input")):
+        content = encoded({**fields, name: given})
+        check(fuzzed[1].post(path, content=content, headers={"content-type": "application/json"}))
 
 
 @fuzzing

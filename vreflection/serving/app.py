@@ -1,4 +1,4 @@
-"""The HTTP application: OpenAI's chat completions, models, health, metrics, and the page."""
+"""The HTTP application: OpenAI's interfaces, health, metrics, and the page."""
 
 from __future__ import annotations
 
@@ -9,27 +9,36 @@ import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import asdict
+from functools import partial
 from importlib import resources
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from .._version import __version__
-from .chat import ChatService, Choice, Job, SpanEnd, TextPiece, usage
+from .chat import Chat
+from .completions import Completion
+from .envelope import CLIENT_GONE, Envelope
 from .errors import ApiError, bad
 from .guards import OPEN_PATHS, Guards
+from .interfaces import Interface
 from .media import preview
 from .metrics import Metrics
-from .schema import read_request
+from .responses import Responses
+from .schema import check_values
+from .service import AnswerService, Job, usage
 from .settings import ServeSettings
 from .worker import Worker
 
 logger = logging.getLogger(__name__)
 
 PAGE = {"/": "index.html", "/page.js": "page.js", "/page.css": "page.css"}
+INTERFACES: dict[str, type[Interface]] = {
+    "/v1/chat/completions": Chat, "/v1/completions": Completion, "/v1/responses": Responses,
+}  # fmt: skip
 TYPES = {"html": "text/html; charset=utf-8", "js": "text/javascript; charset=utf-8", "css": "text/css; charset=utf-8"}
 # Pictures of the page that may be decoded or wait; in a thread of their own, so that answers do not wait for them.
 MAX_PREVIEWS = 4
@@ -39,7 +48,9 @@ CSP = (
 )
 
 
-def create_app(service: ChatService, settings: ServeSettings, examples: list[dict[str, Any]] | None = None) -> FastAPI:
+def create_app(
+    service: AnswerService, settings: ServeSettings, examples: list[dict[str, Any]] | None = None
+) -> FastAPI:
     """The application of one service. Starts and stops the service's worker with it.
 
     Args:
@@ -62,6 +73,7 @@ def create_app(service: ChatService, settings: ServeSettings, examples: list[dic
     app = FastAPI(title="vreflection", version=__version__, lifespan=life, docs_url=None, redoc_url=None)
     app.state.metrics, app.state.service = metrics, service
     created = int(time.time())
+    get = partial(app.api_route, methods=["GET", "HEAD"])
 
     @app.exception_handler(ApiError)
     async def api_error(_: Request, error: ApiError) -> Response:
@@ -76,24 +88,25 @@ def create_app(service: ChatService, settings: ServeSettings, examples: list[dic
     async def failure(_: Request, error: Exception) -> Response:
         return JSONResponse(ApiError(500, "the server failed; its log says how", code="internal").body(), 500)
 
-    @app.get("/health")
+    @get("/health")
     async def health() -> Response:
         state = "ok" if worker.healthy else "failing"
         return JSONResponse({"status": state, "version": __version__}, 200 if worker.healthy else 503)
 
-    @app.get("/metrics")
+    @get("/metrics")
     async def prometheus() -> Response:
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     def model_card() -> dict[str, Any]:
         card = {"id": settings.name, "object": "model", "created": created, "owned_by": "vreflection"}
-        return {**card, "stage": service.config.stage, "latent_steps": service.trained_steps}
+        limits = {"max_model_len": settings.max_length, "max_tokens": settings.max_tokens}
+        return {**card, **limits, "stage": service.config.stage, "latent_steps": service.trained_steps}
 
-    @app.get("/v1/models")
+    @get("/v1/models")
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [model_card()]}
 
-    @app.get("/v1/models/{name}")
+    @get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
         if name != settings.name:
             raise ApiError(
@@ -101,7 +114,7 @@ def create_app(service: ChatService, settings: ServeSettings, examples: list[dic
             )
         return model_card()
 
-    @app.get("/examples")
+    @get("/examples")
     async def page_examples() -> dict[str, Any]:
         shown = {"maps": service.maps is not None, "spans": settings.spans}
         return {"examples": examples or [], "model": model_card(), **shown}
@@ -126,59 +139,68 @@ def create_app(service: ChatService, settings: ServeSettings, examples: list[dic
             previews -= 1
         return Response(picture, media_type="image/png", headers={"Cache-Control": "no-store"})
 
-    @app.post("/v1/chat/completions")
-    async def chat(request: Request) -> Response:
+    async def answer(request: Request, interface: type[Interface]) -> Response:
         began = time.monotonic()
-        status = 500
-        try:
-            response = await answer(request, began)
-            status = response.status_code
-            return response
-        except ApiError as error:
-            status = error.status
-            raise
-        finally:
-            metrics.requests.labels(status=str(status)).inc()
-
-    async def answer(request: Request, began: float) -> Response:
-        asked = read_request(await body_of(request))
-        count = asked.n or 1
-        service.reserve(min(count, settings.max_choices))
-        held = min(count, settings.max_choices)
+        asking = interface(await body_of(request))
+        count = service.reserve(asking.request)
         job: Job | None = None
         try:
-            job = await service.prepare(asked)
+            job = await service.prepare(asking.request)
             if settings.log_prompts:
-                logger.info("%s: %s", job.ident, [m.model_dump() for m in asked.messages])
-            service.start(job, bool(asked.stream))
-            if asked.stream:
-                stream = streamed(service, job, asked.stream_options is not None and asked.stream_options.include_usage)
-                guarded = closing(stream, service, job, held, metrics, began)
-                held = 0  # given back when the stream ends
-                return StreamingResponse(guarded, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-            whole = await unless_gone(request, collected(service, job))
+                logger.info("%s: %s", job.ident, asking.request.summary())
+            service.start(job, asking.stream)
+            if asking.stream:
+                events = closing(asking, service, job, count, metrics, began)
+                count = 0  # given back when the stream ends
+                return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+            whole = await unless_gone(request, asking.whole(service, job))
             if whole is None:
-                metrics.disconnected.inc()
-                return Response(status_code=499)
+                return Response(status_code=CLIENT_GONE)
             count_answer(metrics, job, began)
             return JSONResponse(whole)
         finally:
-            if held:
+            if count:
                 if job is not None:
                     service.cancel(job)
-                service.release(held)
+                service.release(count)
+
+    def answering(interface: type[Interface]):
+        async def endpoint(request: Request) -> Response:
+            return await answer(request, interface)
+
+        return endpoint
+
+    for path, interface in INTERFACES.items():
+        app.add_api_route(path, answering(interface), methods=["POST"])
+
+    @get("/v1/responses/{ident}")
+    async def stored_response(ident: str) -> Response:
+        raise ApiError(
+            404, f"expected no request for {ident[:80]!r}, as responses are not stored here; send the whole "
+            "conversation as input", code="not_found",
+        )  # fmt: skip
 
     for path, name in PAGE.items():
-        app.add_api_route(path, page_file(name), methods=["GET"], include_in_schema=False)
+        app.add_api_route(path, page_file(name), methods=["GET", "HEAD"], include_in_schema=False)
     app.add_middleware(Guards, settings=settings, open_paths=lambda path: path in OPEN_PATHS or path in PAGE)
+    app.add_middleware(Envelope, metrics=metrics, counts=INTERFACES.__contains__)
     return app
 
 
 async def body_of(request: Request) -> Any:
+    """The parsed body.
+
+    Raises:
+        ApiError: 400 for what is no JSON, or holds values that no field takes (see `check_values`).
+    """
     try:
-        return json.loads(await request.body())
+        body = json.loads(await request.body())
+    except ClientDisconnect:
+        raise ApiError(CLIENT_GONE, "the client went away while it sent the request") from None
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"expected JSON, got {error}", code="invalid_json") from None
+    check_values(body)
+    return body
 
 
 async def unless_gone(request: Request, work) -> Any:
@@ -197,107 +219,35 @@ async def unless_gone(request: Request, work) -> Any:
             task.cancel()
 
 
-async def collected(service: ChatService, job: Job) -> dict[str, Any]:
-    """The whole answer as one object."""
-
-    async def one(choice: Choice) -> dict[str, Any]:
-        text = "".join([event.text async for event in service.events(job, choice) if isinstance(event, TextPiece)])
-        made = {
-            "index": choice.index,
-            "message": {"role": "assistant", "content": text, "refusal": None},
-            "logprobs": None,
-            "finish_reason": choice.finish,
-        }
-        details = await service.details(job, choice)
-        return made if details is None else {**made, "latent": details}
-
-    choices = await asyncio.gather(*(one(choice) for choice in job.choices))
-    return {**heading(service, job, "chat.completion"), "choices": choices, "usage": usage(job)}
-
-
-def heading(service: ChatService, job: Job, kind: str) -> dict[str, Any]:
-    return {
-        "id": job.ident,
-        "object": kind,
-        "created": job.created,
-        "model": service.settings.name,
-        "system_fingerprint": f"vreflection-{__version__}",
-    }
-
-
-async def streamed(service: ChatService, job: Job, with_usage: bool) -> AsyncIterator[dict[str, Any]]:
-    """Chunks of all choices as they come."""
-    head = heading(service, job, "chat.completion.chunk")
-    chunks: asyncio.Queue = asyncio.Queue()
-
-    def chunk(choice: Choice, delta: dict[str, Any], finish: str | None = None, **more) -> dict[str, Any]:
-        made = {"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": finish, **more}
-        return {**head, "choices": [made]}
-
-    async def one(choice: Choice) -> None:
-        try:
-            chunks.put_nowait(chunk(choice, {"role": "assistant", "content": ""}))
-            shows = job.request.latent is not None
-            async for event in service.events(job, choice):
-                if isinstance(event, TextPiece):
-                    chunks.put_nowait(chunk(choice, {"content": event.text}))
-                elif isinstance(event, SpanEnd):
-                    looks = await service.details(job, choice, so_far=True)
-                    if looks is not None:
-                        chunks.put_nowait(chunk(choice, {}, latent=looks))
-                elif shows:
-                    chunks.put_nowait(chunk(choice, {}, latent=asdict(event)))
-            details = await service.details(job, choice)
-            more = {} if details is None else {"latent": details}
-            chunks.put_nowait(chunk(choice, {}, choice.finish, **more))
-        except ApiError as error:
-            chunks.put_nowait(error)
-        finally:
-            chunks.put_nowait(None)
-
-    running = [asyncio.ensure_future(one(choice)) for choice in job.choices]
-    try:
-        left = len(running)
-        while left:
-            made = await chunks.get()
-            if made is None:
-                left -= 1
-            elif isinstance(made, ApiError):
-                yield made.body()
-                return
-            else:
-                yield made
-        if with_usage:
-            yield {**head, "choices": [], "usage": usage(job)}
-    finally:
-        for task in running:
-            task.cancel()
-
-
 async def closing(
-    stream: AsyncIterator[dict[str, Any]], service: ChatService, job: Job, held: int, metrics: Metrics, began: float
+    asking: Interface, service: AnswerService, job: Job, count: int, metrics: Metrics, began: float
 ) -> AsyncIterator[bytes]:
-    """The stream as server-sent events; whatever ends it frees its rows and its place."""
-    whole = False
+    """An answer as server-sent events; whatever ends it frees its rows and its place."""
+    whole = failed = False
     try:
-        async for made in stream:
-            yield f"data: {json.dumps(made, ensure_ascii=False)}\n\n".encode()
+        try:
+            async for event in asking.events(service, job):
+                yield asking.frame(event)
+        except ApiError as error:
+            failed = True
+            yield asking.frame(asking.failure(error))
         whole = True
-        yield b"data: [DONE]\n\n"
+        if asking.ending:
+            yield asking.ending
     finally:
         service.cancel(job)
-        service.release(held)
-        if whole:
-            count_answer(metrics, job, began)
-        else:
+        service.release(count)
+        if not whole:
             metrics.disconnected.inc()
+        elif not failed:
+            count_answer(metrics, job, began)
 
 
 def count_answer(metrics: Metrics, job: Job, began: float) -> None:
-    told = usage(job)
+    tokens = usage(job)
     for kind in ("prompt", "completion"):
-        metrics.tokens.labels(kind=kind).inc(told[f"{kind}_tokens"])
-    metrics.tokens.labels(kind="latent").inc(told["latent_steps"])
+        metrics.tokens.labels(kind=kind).inc(tokens[f"{kind}_tokens"])
+    metrics.tokens.labels(kind="latent").inc(tokens["latent_steps"])
     metrics.seconds.observe(time.monotonic() - began)
     if job.first is not None:
         metrics.first.observe(job.first - began)
@@ -312,7 +262,7 @@ def page_file(name: str):
     return page
 
 
-def make_service(model, processor, settings: ServeSettings, maps=None, **decoder) -> ChatService:
+def make_service(model, processor, settings: ServeSettings, maps=None, **decoder) -> AnswerService:
     """A service with a decoder of its own.
 
     Args:
@@ -320,8 +270,8 @@ def make_service(model, processor, settings: ServeSettings, maps=None, **decoder
     """
     from ..engine.decoder import LatentDecoder
 
-    made = LatentDecoder(
+    latent_decoder = LatentDecoder(
         model, max_batch_size=settings.batch_size, max_length=settings.max_length,
         image_cache=2 * settings.batch_size, **decoder,
     )  # fmt: skip
-    return ChatService(Worker(made), processor, settings, maps)
+    return AnswerService(Worker(latent_decoder), processor, settings, maps)

@@ -14,8 +14,8 @@ from ..errors import ConfigError
 from ..model.modeling import VReflectionForConditionalGeneration
 from ..model.processor import VReflectionProcessor
 from ..model.weight_files import DTYPES
-from .chat import Maps
 from .schema import Box
+from .service import Maps
 
 logger = logging.getLogger(__name__)
 

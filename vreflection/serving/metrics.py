@@ -1,4 +1,4 @@
-"""What `/metrics` tells, in a registry of its own so that two servers in one process do not mix."""
+"""What `/metrics` shows, in a registry of its own so that two servers in one process do not mix."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ class Metrics:
     def __init__(self, in_work: Callable[[], int], rows: Callable[[], int]):
         self.registry = CollectorRegistry()
         held = {"registry": self.registry}
-        self.requests = Counter("vreflection_requests", "Chat requests by HTTP status", ["status"], **held)
+        self.requests = Counter(
+            "vreflection_requests", "Requests for answers by HTTP status, refused ones too", ["status"], **held
+        )
         self.disconnected = Counter("vreflection_disconnected", "Requests whose client went away", **held)
         self.tokens = Counter("vreflection_tokens", "Tokens: prompt, completion, latent steps", ["kind"], **held)
         self.seconds = Histogram("vreflection_request_seconds", "From request to whole answer", buckets=SECONDS, **held)

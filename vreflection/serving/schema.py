@@ -1,62 +1,71 @@
-"""A chat request as OpenAI's clients send it: what is read, what is ignored, what is refused."""
+"""Fields of a request that all interfaces share: what is read, what is ignored, what is refused."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import math
+from collections.abc import Collection, Iterator, Mapping
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
 
 from .errors import ApiError, bad
 
-# Of no consequence for an answer.
+# Fields that have no consequence for an answer.
 IGNORED = {
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls",
-    "prompt_cache_retention", "verbosity",
+    "prompt_cache_retention", "verbosity", "chat_template_kwargs", "request_id", "priority", "cache_salt",
+    "add_special_tokens", "spaces_between_special_tokens", "max_tool_calls",
+    "reasoning", "reasoning_effort",
 }  # fmt: skip
-# Accepted as long as they ask for nothing.
+# Fields that are accepted with these values, which request nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "frequency_penalty": (0,), "presence_penalty": (0,), "logit_bias": ({},), "logprobs": (False,),
-    "top_logprobs": (0,), "response_format": ({"type": "text"},), "tools": ([],), "tool_choice": ("none", "auto"),
-    "functions": ([],), "function_call": ("none", "auto"), "modalities": (["text"],), "best_of": (1,), "min_p": (0,),
-    "reasoning_effort": ("none",), "echo": (False,),
+    "tools": ([],), "tool_choice": ("none", "auto"), "skip_special_tokens": (True,), "use_beam_search": (False,),
+    "include_stop_str_in_output": (False,), "length_penalty": (0, 1), "early_stopping": (False,),
+    "best_of": (1,), "add_generation_prompt": (True,), "documents": ([],), "mm_processor_kwargs": ({},),
+    "return_tokens_as_token_ids": (False,), "return_token_ids": (False,), "echo": (False,), "typical_p": (1,),
+    "no_repeat_ngram_size": (0,), "num_beams": (1,), "truncate_prompt_tokens": (-1,),
 }  # fmt: skip
+MAX_TOP_LOGPROBS = 20  # OpenAI's own limit
+MAX_BIASES = 1024
 
 
-# A JSON list, although strict models take no list for a tuple.
-Box = Annotated[tuple[float, float, float, float], Field(strict=False)]
+def integral(value: Any) -> Any:
+    """16.0 as 16: JSON writers of some languages know one kind of number."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def in_list(value: Any) -> Any:
+    """What may stand alone, in a list."""
+    return value if value is None or isinstance(value, list) else [value]
+
+
+def id_keys(value: Any) -> Any:
+    """Keys of a JSON object as the integers that they spell."""
+    if not isinstance(value, dict):
+        return value
+    wrong = next((key for key in value if not (key.isascii() and key.isdigit() and len(key) < 19)), None)
+    if wrong is not None:
+        raise PydanticCustomError("token_id", "expected token ids as keys, got {key}", {"key": repr(wrong[:40])})
+    return {int(key): bias for key, bias in value.items()}
+
+
+Integer = Annotated[int, BeforeValidator(integral)]
+Four = Annotated[list[float], Field(min_length=4, max_length=4)]
+Box = Annotated[Four, AfterValidator(tuple)]
+Texts = Annotated[list[str], BeforeValidator(in_list)]
+Biases = Annotated[dict[int, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(id_keys)]
 
 
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-class ImageUrl(Strict):
-    url: str
-    detail: Literal["auto", "low", "high"] | None = None
-
-
-class TextPart(Strict):
-    type: Literal["text"]
-    text: str
-
-
-class ImagePart(Strict):
-    type: Literal["image_url"]
-    image_url: ImageUrl
-
-
-class Message(BaseModel):
-    model_config = ConfigDict(strict=True)
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart | ImagePart]
-
-
 class Hidden(Strict):
     """Latents as bytes: float32, little-endian, base64, `(spans, steps, width)` row by row, or one span's alone."""
 
     data: str
-    shape: list[int] = Field(min_length=2, max_length=3)
+    shape: list[Integer] = Field(min_length=2, max_length=3)
 
 
 class LatentField(Strict):
@@ -67,10 +76,10 @@ class LatentField(Strict):
     asks for `maps` of attention and `hidden` states; `box` belongs to every span, `boxes` one by one to the spans.
     """
 
-    steps: int | None = Field(default=None, ge=0)
+    steps: Integer | None = Field(default=None, ge=0)
     off: bool = False
     force: bool = False
-    use: Hidden | list[Hidden | None] | None = None
+    use: Annotated[list[Hidden | None] | None, BeforeValidator(in_list)] = None
     include: list[Literal["maps", "hidden"]] = []
     box: Box | None = None
     boxes: list[Box] | None = None
@@ -79,30 +88,51 @@ class LatentField(Strict):
 class StreamOptions(BaseModel):
     model_config = ConfigDict(strict=True)
 
-    include_usage: bool = False
+    include_usage: bool | None = None
 
 
-class ChatRequest(BaseModel):
+class GenerationFields(BaseModel):
+    """How to answer, the same in every interface. Fields without a place here stay in `model_extra`."""
+
     model_config = ConfigDict(extra="allow", strict=True)
 
     model: str
-    messages: list[Message] = Field(min_length=1)
-    max_tokens: int | None = Field(default=None, ge=1)
-    max_completion_tokens: int | None = Field(default=None, ge=1)
-    temperature: float | None = Field(default=None, ge=0, le=2, allow_inf_nan=False)
-    top_p: float | None = Field(default=None, gt=0, le=1, allow_inf_nan=False)
-    top_k: int | None = Field(default=None, ge=0)
-    repetition_penalty: float | None = Field(default=None, gt=0, le=10, allow_inf_nan=False)
-    n: int | None = Field(default=None, ge=1)
-    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
-    stop: str | list[str] | None = None
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    top_p: float | None = Field(default=None, ge=0, le=1)
+    top_k: Integer | None = Field(default=None, ge=-1)
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    repetition_penalty: float | None = Field(default=None, ge=0.01, le=10)
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
+    logit_bias: Biases | None = Field(default=None, max_length=MAX_BIASES)
+    seed: Integer | None = Field(default=None, ge=-(2**63), lt=2**63)
+    stop: Texts | None = None
+    stop_token_ids: list[Integer] | None = None
+    ignore_eos: bool | None = None
+    min_tokens: Integer | None = Field(default=None, ge=0)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     latent: LatentField | None = None
 
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
 
-def read_request(body: Any) -> ChatRequest:
-    """A checked request.
+
+Fields = TypeVar("Fields", bound=GenerationFields)
+
+
+def read_fields(
+    kind: type[Fields],
+    body: Any,
+    *,
+    ignored: Collection[str] = (),
+    neutral: Mapping[str, tuple[Any, ...]] | None = None,
+) -> Fields:
+    """A checked request of one interface.
+
+    Args:
+        ignored, neutral: of this interface, beside `IGNORED` and `NEUTRAL`.
 
     Raises:
         ApiError: 400, naming the field, what was expected and what was got.
@@ -110,22 +140,67 @@ def read_request(body: Any) -> ChatRequest:
     if not isinstance(body, dict):
         raise bad(f"expected a JSON object, got {type(body).__name__}", code="invalid_json")
     try:
-        request = ChatRequest.model_validate(body)
+        fields = kind.model_validate(body)
     except ValidationError as error:
         raise explained(error) from None
-    for name, value in (request.model_extra or {}).items():
-        if name in IGNORED or value is None:
+    for name, value in (fields.model_extra or {}).items():
+        if value is None or name in IGNORED or name in ignored:
             continue
-        if name not in NEUTRAL:
+        values = (NEUTRAL | dict(neutral or {})).get(name)
+        if values is None:
             raise bad(f"unknown field {name[:60]!r}; leave it out", name[:60], "unknown_field")
-        if value not in NEUTRAL[name]:
+        if value not in values:
             raise bad(f"{name} is not supported here, got {str(value)[:80]!r}; leave it out", name, "unsupported_field")
-    return request
+    return fields
 
 
 def explained(error: ValidationError) -> ApiError:
     """The first of pydantic's findings in our words."""
-    found = error.errors(include_url=False, include_context=False)[0]
-    place = ".".join(str(part) for part in found["loc"])[:120]
-    got = repr(found.get("input"))[:80]
-    return bad(f"{place}: {found['msg']}, got {got}", place, "invalid_value")
+    first = error.errors(include_url=False, include_context=False)[0]
+    place = ".".join(str(part) for part in first["loc"])[:120]
+    if first["type"] == "missing":
+        return bad(f"{place}: expected a value, got none; add it", place, "missing_field")
+    got = "" if first["type"] == "token_id" else f", got {repr(first.get('input'))[:80]}"
+    return bad(f"{place}: {first['msg']}{got}", place, "invalid_value")
+
+
+def check_values(body: Any) -> None:
+    """Refuse what JSON's escapes can spell and nothing behind them can take: half characters, NaN, infinity.
+
+    Raises:
+        ApiError: 400, naming the place.
+    """
+    for place, value in values_of(body):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise bad(f"{place}: expected a finite number, got {value}", place, "invalid_value")
+        if isinstance(value, str) and not value.isascii():
+            try:
+                value.encode()
+            except UnicodeEncodeError as error:
+                raise bad(
+                    f"{place}: expected whole characters, got half of a surrogate pair ({value[error.start]!r}) at "
+                    f"character {error.start}; was the text cut inside an emoji?",
+                    place, "invalid_text",
+                ) from None  # fmt: skip
+
+
+def values_of(body: Any) -> Iterator[tuple[str, Any]]:
+    """Every text and number of a JSON value with its place; names of fields too, at the place of their object."""
+    pending: list[tuple[str, Any]] = [("", body)]
+    while pending:
+        place, value = pending.pop()
+        if isinstance(value, dict):
+            yield from ((place or "body", key) for key in value)
+            entries = value.items()
+        elif isinstance(value, list):
+            entries = enumerate(value)
+        else:
+            yield place or "body", value
+            continue
+        # The path stays printable whatever a name holds, and short.
+        pending += [(f"{place}.{printable(key)}"[-120:].lstrip("."), inner) for key, inner in entries]
+
+
+def printable(key: str | int) -> str:
+    text = str(key)[:60]
+    return text if text.isprintable() else repr(text)[1:-1]

@@ -10,13 +10,19 @@ HALF = "\ufffd"  # what a tokenizer makes of the first bytes of a character
 
 
 class TextStream:
-    """The text of one answer as it grows. `stopped` once a stop text appeared; nothing behind it is ever given out."""
+    """The text of one answer as it grows. `stopped` once a stop text appeared; nothing behind it is ever given out.
 
-    def __init__(self, processor: VReflectionProcessor, stops: Sequence[str]):
+    Args:
+        min_tokens: stop texts that begin in the text of so many first tokens do not count.
+    """
+
+    def __init__(self, processor: VReflectionProcessor, stops: Sequence[str], min_tokens: int = 0):
         self.processor, self.stops = processor, [stop for stop in stops if stop]
+        self.min_tokens = min_tokens
         self.ids: list[int] = []
         self.text = ""  # all that was decided so far
         self.given = 0  # characters handed out
+        self.exempt = 0  # characters in which no stop text begins
         self.stopped = False
         self._settled = 0  # ids whose text cannot change any more
         self._before = ""
@@ -31,6 +37,8 @@ class TextStream:
         if tail.endswith(HALF):
             return ""
         self.text = self._before + tail
+        if len(self.ids) <= self.min_tokens:
+            self.exempt = len(self.text)
         if len(self.ids) - self._settled > 32:
             start = len(self.ids) - 16
             rest = self.processor.decode(self.ids[start:])
@@ -46,9 +54,9 @@ class TextStream:
         return self._give(len(self.text))
 
     def _give(self, until: int) -> str:
-        found = [place for stop in self.stops if (place := self.text.find(stop)) >= 0]
-        if found:
-            self.stopped, until = True, min(found)
+        places = [place for stop in self.stops if (place := self.text.find(stop, self.exempt)) >= 0]
+        if places:
+            self.stopped, until = True, min(places)
             self.text = self.text[:until]
         piece = self.text[self.given : max(until, self.given)]
         self.given += len(piece)
@@ -58,7 +66,7 @@ class TextStream:
         """Characters at the end that may be the beginning of a stop text."""
         longest = 0
         for stop in self.stops:
-            for size in range(min(len(stop) - 1, len(self.text)), longest, -1):
+            for size in range(min(len(stop) - 1, len(self.text) - self.exempt), longest, -1):
                 if self.text.endswith(stop[:size]):
                     longest = size
                     break
