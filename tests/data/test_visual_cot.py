@@ -33,7 +33,7 @@ BAD_ROWS = {
     "turn with half a character": (
         {"conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "<lvr>\ud83d"}]},
         "text-surrogate",
-        "position 5",
+        "character 5",
     ),
     "latent without image": (
         {"image": ..., "conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "<lvr>"}]},
