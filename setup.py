@@ -77,11 +77,17 @@ def find_torch() -> Path:
 
 
 def find_compiler() -> list[str]:
-    asked = shlex.split(os.environ.get("CXX", ""))
-    for command in [asked] if asked else [["g++"], ["c++"], ["clang++"]]:
-        if shutil.which(command[-1] if asked else command[0]):
+    chosen = shlex.split(os.environ.get("CXX", ""))
+    for command in [chosen] if chosen else [["g++"], ["c++"], ["clang++"]]:
+        if shutil.which(split_compiler(command)[0]):
             return command
-    raise CannotBuild(f"no C++ compiler ({' '.join(asked) or 'g++, c++, clang++'}); install one or set CXX")
+    raise CannotBuild(f"no C++ compiler ({' '.join(chosen) or 'g++, c++, clang++'}); install one or set CXX")
+
+
+def split_compiler(command: list[str]) -> tuple[str, list[str]]:
+    """The compiler in a command such as `ccache g++ -m64`, and its flags."""
+    words = next((number for number, word in enumerate(command) if word.startswith("-")), len(command))
+    return command[words - 1] if words else "", command[words:]
 
 
 def find_nvcc() -> str | None:
@@ -189,7 +195,11 @@ def cuda_build(folder: Path) -> Build:
     if nvcc is None:
         raise CannotBuild("no nvcc found (CUDA_HOME, PATH); Triton kernels need none")
     archs = arch_flags(os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS)
-    base = [nvcc, *(["-ccbin", compiler[-1]] if os.environ.get("CXX") else [])]
+    program, host_flags = split_compiler(compiler)
+    base = [
+        nvcc,
+        *(["-ccbin", program, *(f"-Xcompiler={flag}" for flag in host_flags)] if os.environ.get("CXX") else []),
+    ]
     flags = [*NVCC_FLAGS, *DEFINES, *archs, "-isystem", str(torch / "include")]
     link = [*base, *archs, "-shared", f"-L{torch / 'lib'}", "-Xlinker=--no-as-needed", "-ltorch_cpu"]
     sources = sorted((ROOT / "csrc").glob("*.cu"))

@@ -159,6 +159,15 @@ def test_without_ninja_the_compiler_is_called_directly(tree, compiler):
     assert len(log.read_text().splitlines()) == len(list((tree / "csrc").glob("*.cpp"))) + 1
 
 
+def test_a_compiler_with_a_launcher_and_flags(tree, compiler):
+    script, log = compiler
+    result = setup(tree, "-q", "build_ext", "--inplace", CXX=f"env {script} -m64", VREFLECTION_REQUIRE_EXT=1)
+    assert result.returncode == 0, result.stderr
+    assert all("-m64" in call for call in log.read_text().splitlines())
+    missing = setup(tree, "-q", "build_ext", "--inplace", CXX="env no-such-compiler -m64", VREFLECTION_REQUIRE_EXT=1)
+    assert "no C++ compiler (env no-such-compiler -m64); install one or set CXX" in missing.stderr
+
+
 def test_the_source_archive_holds_device_code(tree, tmp_path):
     result = setup(tree, "-q", "sdist", "-d", str(tmp_path / "sdist"), "--formats=gztar", before=NO_TORCH)
     assert result.returncode == 0, result.stderr

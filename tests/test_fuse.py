@@ -160,6 +160,142 @@ def test_gradient_of_expanded_queries_that_are_a_leaf():
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("kdim", [None, 48])
+@pytest.mark.parametrize("impl", ["auto", "torch", "reference"])
+def test_gradients_at_expanded_queries_are_each_ones_own(kdim, impl):
+    """Not only their sum: hooks and retained gradients see them one by one."""
+    torch.manual_seed(3)
+    attention = randomise(nn.MultiheadAttention(WIDTH, HEADS, kdim=kdim, vdim=kdim, batch_first=True))
+    leaf = nn.Parameter(torch.randn(2, WIDTH, dtype=torch.float64))
+    x = torch.randn(3, 9, kdim or WIDTH, dtype=torch.float64)
+
+    def outcome():
+        expanded = leaf[None].expand(3, -1, -1)
+        seen = []
+        expanded.register_hook(lambda grad: seen.append(grad) or grad.clamp(-1, 1))
+        loss = attention(expanded, x, x)[0].square().sum()
+        wanted = torch.autograd.grad(loss, [leaf, *attention.parameters()])
+        return [*seen, *wanted]
+
+    expected = outcome()
+    with vr.fuse(attention, impl=impl) as handle:
+        got = outcome()
+    assert handle.calls[""]["absorbed"] == 1
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
+
+
+def test_gradients_under_autocast_are_each_ones_own():
+    torch.manual_seed(3)
+    attention = randomise(nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)).float()
+    leaf, x = nn.Parameter(torch.randn(2, WIDTH)), torch.randn(3, 9, WIDTH)
+
+    def at_queries():
+        expanded = leaf[None].expand(3, -1, -1)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = attention(expanded, x, x)[0].float().square().sum()
+        return torch.autograd.grad(loss, expanded)[0]
+
+    expected = at_queries()
+    vr.fuse(attention)
+    got = at_queries()
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, expected, rtol=0.05, atol=0.05 * float(expected.abs().max()))
+
+
+def test_two_trained_views_of_the_keys_have_a_gradient_each():
+    attention = randomise(nn.MultiheadAttention(WIDTH, HEADS))
+    query = torch.randn(2, 1, WIDTH, dtype=torch.float64)
+    x = torch.randn(1, 9, WIDTH, dtype=torch.float64).requires_grad_()
+
+    def at_views():
+        key, value = x.transpose(0, 1), x.transpose(0, 1)
+        return torch.autograd.grad(attention(query, key, value)[0].square().sum(), [key, value, x])
+
+    expected = at_views()
+    handle = vr.fuse(attention)
+    for a, b in zip(at_views(), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+    assert handle.calls[""] == {"absorbed": 0, "stock": 1}
+    with torch.no_grad():
+        attention(query, x.transpose(0, 1), x.transpose(0, 1))
+    assert handle.calls[""] == {"absorbed": 1, "stock": 1}
+
+
+def test_a_handle_undoes_only_its_own():
+    module = Resampler()
+    first = vr.fuse(module)
+    first.undo()
+    second = vr.fuse(module)
+    first.undo()
+    module(torch.randn(1, 9, WIDTH))
+    assert second.calls["cross_attn"]["absorbed"] == 1
+    second.undo()
+    assert type(module.cross_attn) is nn.MultiheadAttention
+
+
+def test_undo_says_what_stands_in_its_way():
+    module = nn.ModuleDict({"a": nn.MultiheadAttention(8, 2), "b": nn.MultiheadAttention(8, 2)})
+    handle = vr.fuse(module)
+    torch.nn.utils.parametrizations.weight_norm(module["b"], "in_proj_weight")
+    with pytest.raises(RuntimeError, match="undo: .*{'b': 'ParametrizedFused.*remove the parametrisation"):
+        handle.undo()
+    assert all("Fused" in type(part).__name__ for part in module.values())
+    torch.nn.utils.parametrize.remove_parametrizations(module["b"], "in_proj_weight")
+    handle.undo()
+    assert all(type(part) is nn.MultiheadAttention for part in module.values())
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
+def test_a_copy_can_be_fused_again_and_undone(copied):
+    module = randomise(Resampler())
+    own = vr.fuse(module)
+    twin = copied(module)
+    handle = vr.fuse(twin)
+    x = torch.randn(2, 9, WIDTH, dtype=torch.float64)
+    torch.testing.assert_close(twin(x), module(x))
+    assert (own.calls["cross_attn"]["absorbed"], handle.calls["cross_attn"]["absorbed"]) == (1, 1)
+    handle.undo()
+    assert type(twin.cross_attn) is nn.MultiheadAttention and type(module.cross_attn) is not nn.MultiheadAttention
+    with pytest.raises(ValueError, match="fused already"):
+        vr.fuse(module)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the tracer
+def test_tracing_is_refused_where_a_plan_would_be_kept():
+    class Whole(nn.Module):
+        def __init__(self, attention):
+            super().__init__()
+            self.attention = attention
+
+        def forward(self, query, x):
+            return self.attention(query, x, x, need_weights=False)[0]
+
+    attention = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True).eval()
+    handle = vr.fuse(attention)
+    inputs = torch.randn(2, 3, WIDTH), torch.randn(2, 9, WIDTH)
+    with pytest.raises(RuntimeError, match="resample: torch.jit.trace would keep the plan"):
+        torch.jit.trace(Whole(attention), inputs)
+    handle.undo()
+    torch.jit.trace(Whole(attention), inputs)
+
+
+def test_shapes_on_the_meta_device():
+    attention = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True, device="meta")
+    handle = vr.fuse(attention)
+    x = torch.empty(2, 9, WIDTH, device="meta", requires_grad=True)
+    out, weights = attention(torch.empty(2, 3, WIDTH, device="meta"), x, x)
+    out.sum().backward()
+    assert (out.shape, weights.shape, x.grad.shape) == ((2, 3, WIDTH), (2, 3, 9), x.shape)
+    assert handle.calls[""]["absorbed"] == 1
+
+
+def test_the_module_of_fuse_does_not_hide_it():
+    import vreflection.fused_attention
+
+    assert vr.fuse is vreflection.fused_attention.fuse
+
+
 def test_a_decoder_layer_keeps_its_masked_self_attention():
     layer = nn.TransformerDecoderLayer(WIDTH, HEADS, dim_feedforward=16, dropout=0.0, batch_first=True).double()
     target, memory = torch.randn(2, 4, WIDTH, dtype=torch.float64), torch.randn(2, 30, WIDTH, dtype=torch.float64)

@@ -111,6 +111,61 @@ def test_batch_of_boxes_equals_one_at_a_time():
         torch.testing.assert_close(alone[0], together[box], rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("region", ["window", "roi_align"])
+@pytest.mark.parametrize("impl", ["auto", "torch", "reference"])
+def test_the_gradient_of_an_expanded_leaf_is_each_entrys_own(region, impl):
+    """Many small boxes, where `auto` makes keys and values from views of the tokens."""
+    torch.manual_seed(0)
+    module = BoxGuidedCompression(24, 8, 8, region=region, output_size=2, impl=impl).double()
+    geometry = [[1, 11]], [[0, 0, 0.3, 1]] * 6, [0] * 6
+    expanded = torch.arange(24.0, dtype=torch.float64)[None].expand(11, -1).requires_grad_()
+    plain = expanded.detach().clone().requires_grad_()
+    for tokens in (expanded, plain):
+        module(tokens, *geometry).sin().sum().backward()
+    torch.testing.assert_close(expanded.grad, plain.grad, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("region", ["window", "roi_align"])
+@pytest.mark.parametrize("impl", ["auto", "torch", "reference"])
+def test_shapes_on_the_meta_device(region, impl):
+    teacher = BoxGuidedCompression(64, region=region, impl=impl).to("meta")
+    student = DynamicAutoregressiveCompression(64, impl=impl).to("meta")
+    tokens = torch.empty(6, 64, device="meta", requires_grad=True)
+    latents, maps = teacher(tokens, [[2, 3]], [[0, 0, 1, 1]], [0], return_attention=True)
+    student(latents, tokens, [[2, 3]], [0]).sum().backward()
+    assert (latents.shape, maps[0].shape, tokens.grad.shape) == ((1, 8, 64), (8, 2, 3), (6, 64))
+
+
+def test_compiled_modules_return_attention_too():
+    torch._dynamo.reset()
+    teacher, student = BoxGuidedCompression(64), DynamicAutoregressiveCompression(64)
+    tokens, grids, box_image = torch.randn(18, 64), torch.tensor([[3, 4], [2, 3]]), torch.tensor([0, 1])
+    boxes = torch.tensor([[0.1, 0.0, 0.6, 0.6], [0.0, 0.0, 1.0, 1.0]])
+    for module, arguments in (
+        (teacher, (tokens, grids, boxes, box_image)),
+        (student, (torch.randn(2, 3, 64), tokens, grids, box_image)),
+    ):
+        latents, maps = module(*arguments, return_attention=True)
+        compiled_latents, compiled_maps = torch.compile(module, backend="eager")(*arguments, return_attention=True)
+        torch.testing.assert_close(compiled_latents, latents)
+        for got, expected in zip(compiled_maps, maps, strict=True):
+            torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.filterwarnings("ignore")  # of the tracer
+def test_tracing_is_refused():
+    class Whole(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = BoxGuidedCompression(64)
+
+        def forward(self, tokens):
+            return self.module(tokens, [[2, 3]], [[0, 0, 1, 1]], [0])
+
+    with pytest.raises(RuntimeError, match="resample: torch.jit.trace would keep the plan of this one call"):
+        torch.jit.trace(Whole(), torch.randn(6, 64))
+
+
 def test_no_boxes_and_non_contiguous_tokens():
     module, x = teacher("window"), tokens()
     assert module(x, GRIDS, torch.zeros(0, 4), []).shape == (0, QUERIES, WIDTH)

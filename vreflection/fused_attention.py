@@ -17,7 +17,7 @@ from torch import nn
 from .ops import AttentionWeights, RegionPlan, cost_model, image_plan, region_attention, resample
 from .ops.dispatch import IMPLEMENTATIONS, fastest
 from .ops.regions import autocast_values, rect_plan
-from .ops.resample import merge_box_heads
+from .ops.resample import is_expanded, merge_box_heads
 
 logger = logging.getLogger(__name__)
 
@@ -37,11 +37,21 @@ class FusedHandle:
     calls: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def undo(self) -> None:
-        """Give every module its own forward back; calling it twice does nothing more."""
-        for module in self.fused.values():
-            if type(module) is FusedMultiheadAttention:
-                module.__class__ = nn.MultiheadAttention
-                del module._fused_calls, module._fused_impl
+        """Give every module that this handle fused its own forward back; calling it twice does nothing more.
+
+        Raises:
+            RuntimeError: a parametrisation or sharding has changed the class of a module since; nothing is undone.
+        """
+        ours = {n: m for n, m in self.fused.items() if m.__dict__.get("_fused_calls") is self.calls[n]}
+        wrapped = {name: type(m).__name__ for name, m in ours.items() if type(m) is not FusedMultiheadAttention}
+        if wrapped:
+            raise RuntimeError(
+                f"undo: expected modules of the class that fuse gave them, got {wrapped}; remove the parametrisation "
+                "or the sharding first, which was put on top"
+            )
+        for module in ours.values():
+            module.__class__ = nn.MultiheadAttention
+            del module._fused_calls, module._fused_impl, module._fused_id
 
     def __enter__(self) -> FusedHandle:
         return self
@@ -90,7 +100,7 @@ def fuse(model: nn.Module, impl: str = "auto") -> FusedHandle:
     handle = FusedHandle(fused, refused)
     for name, module in fused.items():
         handle.calls[name] = {"absorbed": 0, "stock": 0}
-        module._fused_calls, module._fused_impl = handle.calls[name], impl
+        module._fused_calls, module._fused_impl, module._fused_id = handle.calls[name], impl, id(module)
         module.__class__ = FusedMultiheadAttention
     logger.info("fused %s; left alone: %s", sorted(fused), refused or "nothing")
     return handle
@@ -98,9 +108,10 @@ def fuse(model: nn.Module, impl: str = "auto") -> FusedHandle:
 
 def why_not_fused(module: nn.MultiheadAttention) -> str:
     """Why this attention cannot be swapped without changing its result; an empty string when it can."""
-    if type(module) is FusedMultiheadAttention:
+    # A copy of a fused module belongs to no handle yet.
+    if isinstance(module, FusedMultiheadAttention) and module._fused_id == id(module):
         return "it is fused already; undo the first handle"
-    if type(module) is not nn.MultiheadAttention:
+    if type(module) not in (nn.MultiheadAttention, FusedMultiheadAttention):
         return (
             f"{type(module).__name__} is a subclass with its own rules; rotary embedding or a norm on queries and keys "
             "could not be absorbed"
@@ -121,11 +132,16 @@ def why_not_fused(module: nn.MultiheadAttention) -> str:
 class FusedMultiheadAttention(nn.MultiheadAttention):
     """What an instance becomes while it is fused: the same parameters, another forward. `undo` changes it back.
 
-    A class of its own, so that copies, replicas and pickles of a fused module use their own parameters.
+    A class of its own, so that copies, replicas and pickles of a fused module use their own parameters. They stay
+    fused; fusing them again gives a handle that can undo it.
+
+    Attributes:
+        _fused_calls: the counts of its handle. _fused_id: of the module that was fused, which a copy is not.
     """
 
     _fused_calls: dict[str, int]
     _fused_impl: str
+    _fused_id: int
 
     def forward(
         self,
@@ -141,7 +157,10 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         """`nn.MultiheadAttention.forward`, absorbed where that pays. Shapes as in PyTorch's documentation."""
         batched = query.dim() == 3
         per_head = need_weights and not average_attn_weights
-        if query is key or query.dim() != key.dim() or per_head or not absorbing_pays(self, query, key):
+        # Absorbed, keys and values are one tensor with one gradient; two views that are trained have one each.
+        trained_views = two_trained_views(key, value)
+        other = query is key or query.dim() != key.dim() or per_head or trained_views
+        if other or not absorbing_pays(self, query, key):
             self._fused_calls["stock"] += 1
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
@@ -157,8 +176,7 @@ class FusedMultiheadAttention(nn.MultiheadAttention):
         tokens = key_BND.reshape(batch * keys, width)
         plan, kept = padded_plan(tokens, batch, keys, mask_BN)
         tokens = tokens if kept is None else tokens[kept]
-        queries = query_BQE[:1] if is_shared(query, query_BQE) else query_BQE
-        out, maps_SQ = attend(self, queries, tokens, plan, self._fused_impl, need_weights)
+        out, maps_SQ = attend(self, query_BQE, tokens, plan, self._fused_impl, need_weights)
         weights = None if maps_SQ is None else unpack_maps(maps_SQ, batch, keys, plan, mask_BN).to(out.dtype)
         if not batched:
             return out[0], None if weights is None else weights[0]
@@ -170,14 +188,6 @@ def batch_first(module: nn.MultiheadAttention, values: torch.Tensor) -> torch.Te
     if values.dim() == 2:
         return values[None]
     return values if module.batch_first else values.transpose(0, 1)
-
-
-def is_shared(query: torch.Tensor, query_BQE: torch.Tensor) -> bool:
-    """Whether all boxes have the same queries. Expanded ones send their gradient through the first: right in the sum
-    that `expand` takes, so a leaf, whose every entry is looked at, is not shared."""
-    if query_BQE.shape[0] == 1:
-        return True
-    return query_BQE.stride(0) == 0 and not (query.requires_grad and query.is_leaf)
 
 
 def refuse_call(query, key, value, attn_mask, is_causal: bool) -> None:
@@ -203,15 +213,17 @@ def check_mask(mask: torch.Tensor | None, key_BND: torch.Tensor, batched: bool) 
     return mask.view(key_BND.shape[:2])
 
 
+def two_trained_views(key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether keys and values are the same tokens, and autograd has a gradient for each of two tensors."""
+    if key is value or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return (key.requires_grad or value.requires_grad) and same_tensor(key, value)
+
+
 def same_tensor(left: torch.Tensor, right: torch.Tensor) -> bool:
-    """Two views of the same memory, laid out alike, that autograd treats alike."""
-    return (
-        left.data_ptr() == right.data_ptr()
-        and left.shape == right.shape
-        and left.stride() == right.stride()
-        and left.requires_grad == right.requires_grad
-        and (not left.requires_grad or (left._base is not None and left._base is right._base))
-    )
+    """Two views of the same memory, laid out alike; or where there is none, two of one shape."""
+    alike = left.shape == right.shape and left.stride() == right.stride()
+    return alike and (left.is_meta or left.data_ptr() == right.data_ptr())
 
 
 def absorbing_pays(module: FusedMultiheadAttention, query: torch.Tensor, key: torch.Tensor) -> bool:
@@ -222,8 +234,7 @@ def absorbing_pays(module: FusedMultiheadAttention, query: torch.Tensor, key: to
     impl = module._fused_impl
     if impl == "auto":
         impl = fastest("resample", key.device.type, key.dtype)
-    shared = query_BQE.shape[0] == 1 or query_BQE.stride(0) == 0
-    shape = (batch, shared, queries, module.num_heads, width, batch * keys, key.element_size())
+    shape = (batch, is_expanded(query_BQE), queries, module.num_heads, width, batch * keys, key.element_size())
     return cost_model.absorbed_cost(*shape, impl) <= cost_model.projected_cost(*shape)
 
 
@@ -259,6 +270,8 @@ def attend(module, query_BQE, tokens, plan: RegionPlan, impl: str, need_weights:
 
 def attend_wide(module, query_BQE, tokens, plan: RegionPlan, impl: str, need_weights: bool):
     """Keys of another width than the queries: separate projections, absorbed by plain products."""
+    if is_expanded(query_BQE) and not query_BQE.requires_grad:
+        query_BQE = query_BQE[:1]
     heads, embed = module.num_heads, module.embed_dim
     in_bias, out_bias = biases(module)
     query, tokens, weight_q, weight_k, weight_v, out_weight, in_bias, out_bias = autocast_values(

@@ -10,7 +10,7 @@ from torch import nn
 
 from .ops import AttentionWeights, RegionPlan, image_plan, resample, roi_plan, window_plan
 from .ops.dispatch import IMPLEMENTATIONS
-from .ops.regions import check_tokens
+from .ops.regions import check_geometry, check_tokens
 from .ops.schemas import wide_dtype
 
 REGIONS = ("window", "roi_align")
@@ -19,6 +19,22 @@ REGIONS = ("window", "roi_align")
 def default_num_heads(hidden_size: int) -> int:
     """`min(8, D // 64)`, at least one."""
     return max(1, min(8, hidden_size // 64))
+
+
+def image_maps(plan: RegionPlan, maps_SQ: torch.Tensor, grids, box_image) -> list[torch.Tensor]:
+    """`RegionPlan.image_maps`; under `torch.compile` in a break of the graph: only the host knows the sizes."""
+    if torch.compiler.is_compiling():
+        return _untraced_image_maps(plan.spans_B5, maps_SQ, plan.num_tokens, grids, box_image)
+    return plan.image_maps(maps_SQ)
+
+
+def _untraced_image_maps(spans_B5, maps_SQ, num_tokens: int, grids, box_image) -> list[torch.Tensor]:
+    grids, box_image, _ = check_geometry(num_tokens, grids, box_image)
+    plan = RegionPlan(spans_B5, maps_SQ, num_tokens, None, None, spans_B5.cpu().numpy(), grids, box_image)
+    return plan.image_maps(maps_SQ)
+
+
+_untraced_image_maps._torchdynamo_disable = True  # what torch.compiler.disable sets, without importing the compiler
 
 
 class CrossAttentionResampler(nn.Module):
@@ -140,7 +156,7 @@ class BoxGuidedCompression(CrossAttentionResampler):
         check_tokens(tokens, self.hidden_size)
         plan = self.plan(tokens, grids, boxes, box_image)
         latents, maps = self.resample(self.queries[0], tokens, plan, return_attention)
-        return (latents, plan.image_maps(maps)) if maps is not None else latents
+        return (latents, image_maps(plan, maps, grids, box_image)) if maps is not None else latents
 
 
 class DynamicAutoregressiveCompression(CrossAttentionResampler):
@@ -177,4 +193,4 @@ class DynamicAutoregressiveCompression(CrossAttentionResampler):
                 f"got {tuple(probes.shape)}"
             )
         latents, maps = self.resample(probes, tokens, plan, return_attention)
-        return (latents, plan.image_maps(maps)) if maps is not None else latents
+        return (latents, image_maps(plan, maps, grids, box_image)) if maps is not None else latents

@@ -59,6 +59,24 @@ def test_roi_align_equals_its_definition(h, w, corners):
     torch.testing.assert_close(roi_align(*args), roi_align(*args, impl="reference"), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("impl", ["auto", "torch", "reference"])
+@pytest.mark.parametrize("boxes", [[], [[0.8, 0.8, 0.2, 0.2]]])
+def test_cells_that_read_nothing_are_zero_and_connected(impl, boxes):
+    """No box, or in an adaptive grid a box without extent and so without samples."""
+    tokens = torch.full((6, 4), float("nan"), requires_grad=True)
+    cells = roi_align(tokens, [[2, 3]], boxes, [0] * len(boxes), 2, sampling_ratio=0, impl=impl)
+    cells.sum().backward()
+    assert cells.shape == (len(boxes), 4, 4) and (impl != "reference" or not cells.any())
+    assert tokens.grad.shape == tokens.shape and not tokens.grad.any()
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference"])
+@pytest.mark.parametrize(("box", "ratio"), [([0, 0, 1e308, 1], 2), ([-1e300, 0, 1, 1], 0), ([0, 0, 1e9, 1], 0)])
+def test_boxes_too_large_to_sample_are_named(impl, box, ratio):
+    with pytest.raises(ValueError, match=r"boxes \[1\] are too large to sample: .* normalised coordinates"):
+        roi_align(torch.ones(6, 4), [[2, 3]], [[0, 0, 1, 1], box], [0, 0], 2, ratio, impl=impl)
+
+
 def test_roi_align_without_boxes():
     assert roi_align(torch.randn(6, 4), [[2, 3]], torch.zeros(0, 4), [], 7).shape == (0, 49, 4)
     assert roi_align(torch.randn(6, 4), [[2, 3]], torch.zeros(0, 4), [], 7, impl="reference").shape == (0, 49, 4)

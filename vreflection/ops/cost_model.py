@@ -54,5 +54,6 @@ def prefers_projected(plan: RegionPlan, queries: torch.Tensor, heads: int, impl:
     """Whether `resample` should make keys and values for these shapes, rather than run `impl` absorbed."""
     count, width = queries.shape[1:]
     keys = plan.num_keys if plan.tap_index is None else plan.num_boxes * plan.tap_index.shape[2] ** 2
-    shape = (plan.num_boxes, queries.shape[0] == 1, count, heads, width, keys, queries.element_size())
+    shared = queries.shape[0] == 1 or queries.stride(0) == 0
+    shape = (plan.num_boxes, shared, count, heads, width, keys, queries.element_size())
     return projected_cost(*shape) < absorbed_cost(*shape, impl)

@@ -99,8 +99,14 @@ def choose(op: str, impl: str, tensor: torch.Tensor) -> str:
 
     Raises:
         ValueError: `impl` is unknown, or explicit and cannot run on `tensor`.
+        RuntimeError: under `torch.jit.trace`.
     """
     device, dtype = tensor.device.type, tensor.dtype
+    if torch.jit.is_tracing():
+        raise RuntimeError(
+            f"{op}: torch.jit.trace would keep the plan of this one call, with its number of boxes and tokens; use "
+            "torch.compile, or undo() a fused attention before tracing"
+        )
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl: expected one of {IMPLEMENTATIONS}, got {impl!r}")
     if impl != "auto":

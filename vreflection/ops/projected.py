@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 
 from .cells import rectangle, sample_cells, splat_cells, tap_matrices
-from .regions import RegionPlan, device_tensor
+from .regions import RegionPlan, device_tensor, row_strided
 
 
 def resample_projected(queries_BQD, tokens, plan: RegionPlan, weights, heads: int):
     """As `resample`, for plans with their geometry on the host. Keys are padded to the longest region."""
-    width, boxes = tokens.shape[1], plan.num_boxes
+    width, boxes, tokens = tokens.shape[1], plan.num_boxes, row_strided(tokens)
     weight_q, weight_kv = weights.in_proj_weight.split([width, 2 * width])
     bias_q, bias_kv = weights.in_proj_bias.split([width, 2 * width])
     keys_BND, mask_BN = (region_cells(tokens, plan), None) if plan.tap_index is not None else padded(tokens, plan)

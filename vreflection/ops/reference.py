@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -27,8 +28,11 @@ def roi_align_reference(
     tokens: torch.Tensor, grids, boxes, box_image, output_size: int, sampling_ratio: int = 2, aligned: bool = True
 ) -> torch.Tensor:
     """`roi_align` written as its definition: for each box, cell and sample, one bilinear look-up."""
+    from .roi_align import check_samples
+
     grids, box_image, offsets = check_geometry(tokens.shape[0], grids, box_image)
     boxes = check_boxes_match(boxes, box_image)
+    check_samples(boxes, np.tile(grids[box_image][:, ::-1], 2), output_size, sampling_ratio)
     shift = 0.5 if aligned else 0.0
     cells = []
     for box, image in zip(boxes.tolist(), box_image.tolist()):
@@ -50,14 +54,15 @@ def roi_align_reference(
                 x = left + bin_width * (cell_column + (column + 0.5) / columns)
                 total = total + _bilinear(image_HWD, y, x)
             cells.append(total / max(rows * columns, 1))
+    connected = tokens[:0].sum()  # also where no box or no sample reads a token
     if not cells:
-        return tokens.new_zeros(0, output_size**2, tokens.shape[1])
-    return torch.stack(cells).view(len(boxes), output_size**2, -1)
+        return tokens.new_zeros(0, output_size**2, tokens.shape[1]) + connected
+    return torch.stack(cells).view(len(boxes), output_size**2, -1) + connected
 
 
 def region_keys(tokens: torch.Tensor, plan: RegionPlan):
     """Per box, its tokens `(n, D)` and the dense sampling matrix `(C, n)` of its RoI cells, or `None`."""
-    index, host = plan.key_tokens(), plan.spans_B5.tolist()
+    index, host = plan.key_tokens(), (plan.spans_B5 if plan.spans_host is None else plan.spans_host).tolist()
     for box, (_, _, height, width, key) in enumerate(host):
         keys = tokens[index[key : key + height * width]]
         if plan.tap_index is None or plan.tap_weight is None:

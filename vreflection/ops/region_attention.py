@@ -14,7 +14,7 @@ import torch
 
 from .cells import rectangle, sample_cells, splat_cells, tap_matrices
 from .dispatch import choose, operator
-from .regions import RegionPlan, autocast_values, check_plan, check_tokens, row_strided
+from .regions import RegionPlan, autocast_values, check_plan, check_tokens, row_strided, without_autocast
 from .schemas import implement, wide_dtype
 
 
@@ -77,18 +77,18 @@ def softmax_backward(weights: torch.Tensor, grad_weights: torch.Tensor) -> torch
     return product - weights * product.sum(0)
 
 
-def without_autocast(function):
+def in_given_dtypes(function):
     """Run an operator's body in the dtypes it is given, whatever surrounds the call or its backward."""
 
     def run(first, *args):
-        with torch.autocast(first.device.type, enabled=False):
+        with without_autocast(first.device.type):
             return function(first, *args)
 
     return run
 
 
 for _name, _function in (("attend_torch", attend_torch), ("attend_backward_torch", attend_backward_torch)):
-    implement(_name, without_autocast(_function))
+    implement(_name, in_given_dtypes(_function))
 
 
 class _Attend(torch.autograd.Function):
@@ -145,7 +145,8 @@ def region_attention(
     impl = choose("region_attention", impl, tokens)
     rows = check_rows(query_rows, tokens, plan, map_heads)
     if plan.num_boxes == 0:
-        context = tokens.new_zeros(0, rows.shape[1], rows.shape[2])
+        # Connected to everything, so that a rank without boxes still takes part in gradient reduction.
+        context = tokens.new_zeros(0, rows.shape[1], rows.shape[2]) + tokens[:0].sum() + rows[:0].sum()
         return (context, context.new_zeros(0, rows.shape[1] // map_heads)) if map_heads else context
     if impl == "reference":
         from .reference import region_attention_reference

@@ -6,6 +6,7 @@ S keys of all boxes end to end, P RoI cells per side, C = P*P cells, K taps per 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -250,8 +251,13 @@ def check_plan(plan: RegionPlan, tokens: torch.Tensor) -> None:
 
 
 def row_strided(tokens: torch.Tensor) -> torch.Tensor:
-    """Tokens whose channels are adjacent, which is all the kernels ask; anything else is copied."""
-    return tokens if tokens.stride(1) == 1 else tokens.contiguous()
+    """Tokens whose channels are adjacent and whose rows do not share memory; anything else is copied.
+
+    The kernels ask for the former. Autograd needs the latter: it takes the gradient of a view of shared memory for that
+    of one entry.
+    """
+    apart = tokens.shape[0] < 2 or tokens.stride(0) >= tokens.shape[1]
+    return tokens if tokens.stride(1) == 1 and apart else tokens.contiguous()
 
 
 def _traced_window_plan(grids, box_image, boxes, num_tokens, device):
@@ -268,10 +274,15 @@ implement("window_plan", _traced_window_plan)
 implement("image_plan", _traced_image_plan)
 
 
+def without_autocast(device_type: str):
+    """A context in which products keep the dtypes they are given; torch knows no autocast for the meta device."""
+    return nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
+
+
 def autocast_values(*values: torch.Tensor) -> list[torch.Tensor]:
     """Everything in the autocast dtype when autocast is on; otherwise one dtype is asked for."""
     device = values[0].device.type
-    if torch.is_autocast_enabled(device) and values[0].dtype != torch.float64:
+    if device != "meta" and torch.is_autocast_enabled(device) and values[0].dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         return [value.to(dtype) for value in values]
     dtypes = {str(value.dtype) for value in values}

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from . import cost_model
 from .dispatch import choose, operator
-from .regions import RegionPlan, autocast_values, check_plan, check_tokens, row_strided
+from .regions import RegionPlan, autocast_values, check_plan, check_tokens, row_strided, without_autocast
 from .schemas import wide_dtype
 from .skinny import matmul, matmul_transposed, outer
 
@@ -88,6 +88,24 @@ def from_rows(rows_BRD: torch.Tensor, heads: int) -> torch.Tensor:
     return rows_BRD.unflatten(1, (heads, -1)).transpose(0, 1).flatten(1, 2)
 
 
+def is_expanded(queries_BQD: torch.Tensor) -> bool:
+    """Whether all boxes have the same queries: one entry, or one in the memory."""
+    return queries_BQD.shape[0] == 1 or queries_BQD.stride(0) == 0
+
+
+class _CastEach(torch.autograd.Function):
+    """Expanded queries in another dtype: still one entry in the memory, still a gradient for each."""
+
+    @staticmethod
+    def forward(ctx, queries, dtype):
+        ctx.dtype = queries.dtype
+        return queries[:1].to(dtype).expand_as(queries)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.to(ctx.dtype), None
+
+
 class _Resample(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -95,6 +113,9 @@ class _Resample(torch.autograd.Function):
         heads, map_heads, impl,
     ):  # fmt: skip
         width, boxes = tokens.shape[1], spans.shape[0]
+        # Expanded queries share their rows here, and get a gradient each in the backward pass.
+        ctx.expanded = queries.shape[0] > 1 and is_expanded(queries)
+        queries = (queries[:1] if ctx.expanded else queries).contiguous()
         query_MD = queries.reshape(-1, width)
         weight_q, weight_k, weight_v = in_weight.unflatten(0, (3, width)).unbind(0)
         bias_q, _, bias_v = in_bias.unflatten(0, (3, width)).unbind(0)
@@ -118,7 +139,7 @@ class _Resample(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_out, grad_maps):
-        with torch.autocast(grad_out.device.type, enabled=False):  # a backward may run inside autocast, or not
+        with without_autocast(grad_out.device.type):  # a backward may run inside autocast, or not
             return _Resample.gradients(ctx, grad_out, grad_maps)
 
     @staticmethod
@@ -141,8 +162,11 @@ class _Resample(torch.autograd.Function):
             outer(grad_in_weight[2 * width :].unflatten(0, (heads, -1)), grad_values_HNA, context_HND, impl)
         grad_context_HND = matmul(grad_values_HNA, weight_v.unflatten(0, (heads, -1)), impl)
         query_side = queries_grad or weight_grad or bias_grad
+        boxes, each = spans.shape[0], ctx.expanded and queries_grad
+        if each:
+            rows = rows.expand(boxes, -1, -1).contiguous()
         grad_rows, grad_tokens = operator("attend_backward", impl, tokens.device.type)(
-            to_rows(grad_context_HND, spans.shape[0]), grad_maps.contiguous() if ctx.map_heads else None, rows, tokens,
+            to_rows(grad_context_HND, boxes), grad_maps.contiguous() if ctx.map_heads else None, rows, tokens,
             weights, cells, spans, key_box, tap_index, tap_weight, ctx.map_heads, query_side, tokens_grad,
         )  # fmt: skip
         grad_queries = grad_in_bias = None
@@ -150,11 +174,15 @@ class _Resample(torch.autograd.Function):
             grad_rows_HMD = from_rows(grad_rows, heads)
             grad_q_HMA = matmul_transposed(grad_rows_HMD, weight_k.unflatten(0, (heads, -1)), impl)
             grad_projected_MD = merge_heads(grad_q_HMA) * (width // heads) ** -0.5
+            if queries_grad:
+                shape = (boxes, *queries.shape[1:]) if each else queries.shape
+                grad_queries = matmul(grad_projected_MD[None], weight_q[None], impl)[0].view(shape)
+            if each:  # the weights' gradients are of the rows that were shared
+                grad_projected_MD = grad_projected_MD.unflatten(0, (boxes, -1)).sum(0)
+                grad_rows_HMD = grad_rows_HMD.unflatten(1, (boxes, -1)).sum(1)
             if weight_grad:
                 outer(grad_in_weight[width : 2 * width].unflatten(0, (heads, -1)), q_HMA, grad_rows_HMD, impl)
                 outer(grad_in_weight[None, :width], grad_projected_MD[None], queries.reshape(1, -1, width), impl)
-            if queries_grad:
-                grad_queries = matmul(grad_projected_MD[None], weight_q[None], impl)[0].view(queries.shape)
             if bias_grad:
                 bias_q, bias_v = grad_projected_MD.sum(0), grad_values_ND.sum(0)
                 grad_in_bias = torch.cat([bias_q, torch.zeros_like(bias_q), bias_v])
@@ -200,7 +228,9 @@ def resample(
     check_tokens(tokens, weights.out_proj_weight.shape[0])
     check_plan(plan, tokens)
     queries = check_queries(queries, tokens, plan, heads)
-    queries, tokens, *cast = autocast_values(queries, tokens, *weights)
+    first, tokens, *cast = autocast_values(queries[:1], tokens, *weights)
+    if first.dtype != queries.dtype:
+        queries = _CastEach.apply(queries, first.dtype) if is_expanded(queries) else queries.to(first.dtype)
     weights = AttentionWeights(*cast)
     chosen = choose("resample", impl, tokens)
     if plan.num_boxes == 0:
@@ -217,9 +247,9 @@ def resample(
 
         out, maps = resample_projected(queries, tokens, plan, weights, heads)
     else:
-        with torch.autocast(tokens.device.type, enabled=False):
+        with without_autocast(tokens.device.type):
             out, maps = _Resample.apply(
-                queries.contiguous(), row_strided(tokens), *(w.contiguous() for w in weights), *plan.geometry, heads,
+                queries, row_strided(tokens), *(w.contiguous() for w in weights), *plan.geometry, heads,
                 heads if return_maps else 0, chosen,
             )  # fmt: skip
     return (out, maps) if return_maps else out

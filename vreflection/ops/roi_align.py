@@ -18,6 +18,7 @@ from .regions import (
     rect_plan,
     row_strided,
     traced_geometry,
+    without_autocast,
 )
 from .schemas import implement, wide_dtype
 
@@ -56,6 +57,29 @@ def check_sampling(output_size: int, sampling_ratio: int) -> None:
         raise ValueError(f"sampling_ratio: expected samples per cell and axis, or 0 (adaptive), got {sampling_ratio!r}")
 
 
+# Beyond, an adaptive grid fills the memory, and float64 soon no longer tells one token from the next.
+MAX_SAMPLES = 2**16
+MAX_COORDINATE = 1e12
+
+
+def check_samples(boxes: np.ndarray, scale: np.ndarray, output_size: int, sampling_ratio: int) -> None:
+    """Refuse boxes so large that no sampling grid can be laid over them.
+
+    Args:
+        boxes, scale: `(B, 4)`, normalised, and the tokens of the image along each coordinate.
+    """
+    too_far = (np.abs(boxes) > MAX_COORDINATE).any(axis=1)
+    if not sampling_ratio and not too_far.any():
+        extents = (boxes[:, 2:] - boxes[:, :2]) * scale[:, 2:]
+        too_far = (extents > MAX_SAMPLES * output_size).any(axis=1)
+    if too_far.any():
+        bad = np.flatnonzero(too_far).tolist()
+        raise ValueError(
+            f"boxes {bad} are too large to sample: {boxes[bad].tolist()}; expected normalised coordinates, 0 to 1 "
+            "inside the image"
+        )
+
+
 def _pad_taps(taps: np.ndarray, count: int) -> np.ndarray:
     return np.pad(taps, ((0, 0), (0, 0), (0, count - taps.shape[-1])))
 
@@ -91,6 +115,7 @@ def host_roi_plan(
     boxes = check_boxes_match(boxes, box_image)
     size = grids[box_image]
     scale = np.stack([size[:, 1], size[:, 0], size[:, 1], size[:, 0]], axis=1)
+    check_samples(boxes, scale, output_size, sampling_ratio)
     rois = boxes * scale - (0.5 if aligned else 0.0)
     axes = [
         _axis_taps(rois[:, a], rois[:, a + 2] - rois[:, a], size[:, 1 - a], output_size, sampling_ratio, aligned)
@@ -113,7 +138,7 @@ def roi_align_torch(tokens, spans, tap_index, tap_weight) -> torch.Tensor:
     """Plain form of the operator `roi_align`, box by box."""
     host = spans.tolist()
     out = tokens.new_empty(len(host), tap_index.shape[2] ** 2, tokens.shape[1])
-    with torch.autocast(tokens.device.type, enabled=False):
+    with without_autocast(tokens.device.type):
         for box, span in enumerate(host):
             maps = tap_matrices(host, tap_index, tap_weight, box)
             out[box] = sample_cells(rectangle(tokens, span).to(tap_weight.dtype), *maps)
@@ -123,7 +148,7 @@ def roi_align_torch(tokens, spans, tap_index, tap_weight) -> torch.Tensor:
 def roi_align_backward_torch(grad, spans, tap_index, tap_weight, num_tokens) -> torch.Tensor:
     host = spans.tolist()
     out = tap_weight.new_zeros(num_tokens, grad.shape[2])
-    with torch.autocast(grad.device.type, enabled=False):
+    with without_autocast(grad.device.type):
         for box, span in enumerate(host):
             maps = tap_matrices(host, tap_index, tap_weight, box)
             rectangle(out, span).add_(splat_cells(grad[box].to(tap_weight.dtype), *maps))
@@ -205,5 +230,5 @@ def roi_align(
         tokens.device, wide_dtype(tokens.dtype),
     )  # fmt: skip
     if not plan.num_boxes:
-        return tokens.new_zeros(0, output_size**2, tokens.shape[1])
+        return tokens.new_zeros(0, output_size**2, tokens.shape[1]) + tokens[:0].sum()
     return _RoIAlign.apply(row_strided(tokens), plan.spans_B5, plan.tap_index, plan.tap_weight, impl)
