@@ -314,6 +314,10 @@ def test_effective_rank_and_shape():
     shape = latent_shape(latents)
     assert shape["norm"] == [3, 4, 5] and shape["next_cosine"] == [1, 0] and shape["first_cosine"] == [1, 0]
     assert shape["mean_cosine"] == [1, 1, 0] and shape["rank_over_questions"] == [0, 0, 1]
+    tiny = latent_shape(latents * 1e-25)
+    for name in ("next_cosine", "first_cosine", "mean_cosine", "rank_over_questions"):
+        assert tiny[name] == pytest.approx(shape[name])
+    assert tiny["norm"] == pytest.approx([3e-25, 4e-25, 5e-25])
 
 
 def fake(correct, spans=1, kl=0.0, lens=True):

@@ -410,6 +410,7 @@ def test_cosine_to_teacher():
     decoded = SimpleNamespace(latents=[a, None, -a])
     assert cosine_to_teacher(decoded, [3 * a, a, a]) == pytest.approx(0.0)
     assert cosine_to_teacher(SimpleNamespace(latents=[a, None]), [3 * a, a]) == pytest.approx(1.0)
+    assert cosine_to_teacher(SimpleNamespace(latents=[1e-20 * a]), [1e-15 * a]) == pytest.approx(1.0)
     # Over all spans that have a box, slot by slot.
     three = SimpleNamespace(latents=[torch.stack([a, -a, a]), a[None]])
     assert cosine_to_teacher(three, [torch.stack([a, a]), torch.stack([a, a])]) == pytest.approx(1 / 3)

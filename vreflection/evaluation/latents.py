@@ -85,16 +85,21 @@ def latent_shape(latents_BND: torch.Tensor) -> dict[str, list[float]]:
         `mean_cosine`: of a latent with the step's mean over questions; near 1 where all questions get the same.
         `rank_over_steps`: effective rank of one question's N latents, a single mean.
     """
-    z = latents_BND.float()
-    cosine = torch.nn.functional.cosine_similarity
+    z = latents_BND.double()
     return {
         "norm": z.norm(dim=-1).mean(0).tolist(),
         "rank_over_questions": [effective_rank(step - step.mean(0)) for step in z.unbind(1)],
-        "next_cosine": cosine(z[:, :-1], z[:, 1:], dim=-1).mean(0).tolist(),
-        "first_cosine": cosine(z[:, :1], z[:, 1:], dim=-1).mean(0).tolist(),
-        "mean_cosine": cosine(z, z.mean(0, keepdim=True), dim=-1).mean(0).tolist(),
+        "next_cosine": cosine(z[:, :-1], z[:, 1:]).mean(0).tolist(),
+        "first_cosine": cosine(z[:, :1], z[:, 1:]).mean(0).tolist(),
+        "mean_cosine": cosine(z, z.mean(0, keepdim=True)).mean(0).tolist(),
         "rank_over_steps": [float(np.mean([effective_rank(one) for one in z]))],
     }
+
+
+def cosine(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Cosine along the last dimension, of vectors of any length; 0 with a vector of zeros. Float64."""
+    # The library's default counts vectors shorter than 1e-8 as longer than they are.
+    return torch.nn.functional.cosine_similarity(left.double(), right.double(), dim=-1, eps=1e-100)
 
 
 def effective_rank(rows: torch.Tensor) -> float:
@@ -227,5 +232,5 @@ def cosine_to_teacher(decoded: Decoded, teacher: Sequence[torch.Tensor]) -> floa
     pairs = [(own[: len(z)], z[: len(own)]) for own, z in zip(decoded.latents, teacher, strict=True) if own is not None]
     if not pairs:
         return None
-    own, target = (torch.cat(list(side)).float() for side in zip(*pairs))
-    return float(torch.nn.functional.cosine_similarity(own, target, dim=-1).mean())
+    own, target = (torch.cat(list(side)) for side in zip(*pairs))
+    return float(cosine(own, target).mean())
