@@ -1,12 +1,15 @@
 """Images by address: what is fetched, from where, and what never is."""
 
 import base64
+import contextlib
 import http.server
 import threading
+import time
+from dataclasses import replace
 
 import pytest
 
-from vreflection.serving import media
+from vreflection.serving import media, remote_images
 from vreflection.serving.errors import ApiError
 from vreflection.serving.settings import ServeSettings
 
@@ -30,7 +33,13 @@ def site(tools):
             body = b"x" * 200_000 if self.path == "/large" else content
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
-            self.wfile.write(body)
+            if self.path == "/drip":
+                with contextlib.suppress(OSError):  # the client gives up
+                    for byte in body:
+                        self.wfile.write(bytes([byte]))
+                        time.sleep(0.1)
+                return
+            self.wfile.write(body[: len(body) // 2] if self.path == "/half" else body)
 
         def log_message(self, *_): ...
 
@@ -43,13 +52,13 @@ def site(tools):
 
 def allow_loopback(monkeypatch):
     """The check for public addresses is tested by itself; here the site stands for a public one."""
-    monkeypatch.setattr(media, "public_address", lambda host, port, param, resolve: "127.0.0.1")
+    monkeypatch.setattr(remote_images, "public_address", lambda *_: "127.0.0.1")
 
 
 def test_a_public_image_is_fetched_once_by_the_checked_address(site, monkeypatch):
     port, content, seen = site
     allow_loopback(monkeypatch)
-    assert media.fetch(f"http://pictures.example:{port}/image?a=1", REMOTE, "p") == content
+    assert remote_images.fetch(f"http://pictures.example:{port}/image?a=1", REMOTE, "p") == content
     assert seen[-1] == ("/image?a=1", f"pictures.example:{port}")
     found = media.image_bytes(f"http://pictures.example:{port}/image", REMOTE, "p")
     assert media.decode_image(found, REMOTE, "p").size == (84, 56)
@@ -67,7 +76,7 @@ def test_what_is_no_image_there(site, monkeypatch, path, status, message):
     allow_loopback(monkeypatch)
     before = len(site[2])
     with pytest.raises(ApiError, match=message) as raised:
-        media.fetch(f"http://pictures.example:{site[0]}{path}", REMOTE, "p")
+        remote_images.fetch(f"http://pictures.example:{site[0]}{path}", REMOTE, "p")
     assert raised.value.status == status and len(site[2]) == before + 1
 
 
@@ -81,14 +90,16 @@ def test_what_is_no_image_there(site, monkeypatch, path, status, message):
 )  # fmt: skip
 def test_targets_that_are_not_public_are_refused(addresses):
     with pytest.raises(ApiError, match="not on the public net|has no address"):
-        media.public_address("name.example", 80, "p", lambda host, port: addresses)
+        remote_images.public_address("name.example", 80, "p", lambda host, port: addresses)
 
 
 def test_public_targets_are_taken_as_they_were_resolved():
     asked = []
-    found = media.public_address("name.example", 443, "p", lambda *given: asked.append(given) or ["93.184.216.34"])
+    found = remote_images.public_address(
+        "name.example", 443, "p", lambda *given: asked.append(given) or ["93.184.216.34"]
+    )
     assert found == "93.184.216.34" and asked == [("name.example", 443)]
-    assert media.public_address("x", 80, "p", lambda *_: ["2606:2800:220:1::1"]) == "2606:2800:220:1::1"
+    assert remote_images.public_address("x", 80, "p", lambda *_: ["2606:2800:220:1::1"]) == "2606:2800:220:1::1"
 
 
 @pytest.mark.parametrize(
@@ -103,7 +114,24 @@ def test_malformed_and_local_addresses(url):
 def test_a_site_that_does_not_answer(monkeypatch):
     allow_loopback(monkeypatch)
     with pytest.raises(ApiError, match="could not be read"):
-        media.fetch("http://pictures.example:1/image", REMOTE, "p")
+        remote_images.fetch("http://pictures.example:1/image", REMOTE, "p")
+
+
+def test_the_time_limit_is_for_the_whole_fetch(site, monkeypatch):
+    allow_loopback(monkeypatch)
+    began = time.monotonic()
+    with pytest.raises(ApiError, match="could not be read .not whole within 0.5 s"):
+        remote_images.fetch(f"http://pictures.example:{site[0]}/drip", replace(REMOTE, fetch_seconds=0.5), "p")
+    assert time.monotonic() - began < 5  # the site needs half a minute
+    with pytest.raises(ApiError, match="could not be read .IncompleteRead"):
+        remote_images.fetch(f"http://pictures.example:{site[0]}/half", REMOTE, "p")
+
+
+def test_a_name_server_that_is_silent():
+    silent = threading.Event()
+    with pytest.raises(ApiError, match="has no address"):
+        remote_images.public_address("name.example", 80, "p", lambda *_: [] if silent.wait(5) else [], 0.2)
+    silent.set()
 
 
 def test_remote_images_are_off_by_default():
