@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import io
+import shutil
 import threading
 import time
 from types import SimpleNamespace
@@ -125,3 +126,16 @@ def hopping(serve, parts):
             yield server
 
     return start
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium. Open for one file only: while it is, this thread runs no other event loop."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    path = shutil.which("chromium") or shutil.which("chromium-browser")
+    if path is None:
+        pytest.skip("needs chromium (Debian: apt install chromium)")
+    with playwright.sync_playwright() as started:
+        chromium = started.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()

@@ -1,7 +1,6 @@
 """The page in a real browser: it asks the real server, and nobody else."""
 
 import base64
-import shutil
 import time
 from contextlib import contextmanager
 
@@ -11,16 +10,6 @@ import pytest
 httpx = pytest.importorskip("httpx")
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 expect = playwright.expect
-CHROMIUM = next((path for name in ("chromium", "chromium-browser") if (path := shutil.which(name))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (Debian: apt install chromium)")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as made:
-        opened = made.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 @pytest.fixture
@@ -134,6 +123,17 @@ def test_upload_ask_and_walk_through_the_steps(site, visit, tools):
         assert slider.get_attribute("aria-valuetext") == f"latent step {step} of {total}"
         pictures.append(look.evaluate("canvas => canvas.toDataURL()"))
     assert len(set(pictures)) == 4
+
+
+def test_an_answer_is_no_longer_than_the_server_allows(serve, parts, tools, visit):
+    for limit, value in ((2048, "128"), (64, "64")):
+        with served(serve, parts, tools, max_tokens=limit) as server:
+            page = visit(server)
+            tokens = page.locator("#tokens")
+            assert tokens.get_attribute("max") == str(limit) and tokens.input_value() == value
+            tokens.fill(str(limit + 1))
+            ask(page)
+            assert tokens.evaluate("input => input.validity.rangeOverflow") and page.locator("article").count() == 0
 
 
 def test_a_box_by_mouse_and_by_keyboard_shows_the_share_inside(site, visit, tools):

@@ -2,7 +2,6 @@
 
 import base64
 import runpy
-import shutil
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,8 +14,6 @@ from vreflection.serving import app as app_module
 httpx = pytest.importorskip("httpx")
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 expect = playwright.expect
-CHROMIUM = next((path for name in ("chromium", "chromium-browser") if (path := shutil.which(name))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (Debian: apt install chromium)")
 odd_images = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "data" / "odd_images.py")))
 ROWS = {row.name: row for row in odd_images.CORPUS}
 
@@ -27,14 +24,6 @@ def address(content):
 
 def near(pixel, colour, tolerance):
     return np.abs(np.subtract(pixel[:3], colour)).max() <= tolerance
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as made:
-        opened = made.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 @pytest.fixture(scope="module")

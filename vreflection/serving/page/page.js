@@ -658,6 +658,8 @@ async function about() {
 function show({ model, maps, spans, examples }) {
   Object.assign(state, { model, maps, spans });
   const latents = model.latent_steps > 0;
+  $("tokens").max = model.max_tokens;
+  $("tokens").value = Math.min($("tokens").value, model.max_tokens);
   $("model").textContent = `${model.id}, stage ${model.stage}, ` + (latents ? `${model.latent_steps} latent steps per span` : "no latent steps");
   document.querySelectorAll("input[name=mode], #force").forEach((input) => { input.disabled = !latents; });
   $("nolatents").hidden = latents && maps;
