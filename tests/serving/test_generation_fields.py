@@ -106,6 +106,12 @@ def test_ends_and_lengths_reach_the_decoder(serve):
         ({"skip_special_tokens": False}, "skip_special_tokens", "is not supported here"),
         ({"response_format": {"type": "xml"}}, "response_format", "got 'xml'"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "a JSON schema, got none"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"enum": ["x" * 2**16]}}}},
+            "response_format.json_schema",
+            "expected at most 65536 characters",
+        ),
+        ({"stop_token_ids": [1] * 1025}, "stop_token_ids", "at most 1024 items"),
         ({"response_format": {"type": "json_object"}, "ignore_eos": True}, "ignore_eos", "expected false"),
         ({"stream_options": {"include_usage": 1}}, "stream_options.include_usage", "valid boolean"),
         ({"model": None}, "model", "valid string"),

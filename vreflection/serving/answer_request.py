@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,8 @@ from .conversation import Conversation, kind_of
 from .errors import bad
 from .prompts import PromptSource
 from .schema import GenerationFields
+
+MAX_SCHEMA = 2**16  # characters of a JSON schema
 
 
 @dataclass(frozen=True)
@@ -72,4 +75,7 @@ def read_format(value: Any, param: str, schema_key: str | None) -> ResponseForma
     schema = described.get("schema") if isinstance(described, dict) else None
     if not isinstance(schema, dict | bool):
         raise bad(f"{place}.schema: expected a JSON schema, got {kind_of(schema)}", place, "invalid_value")
+    size = len(json.dumps(schema))
+    if size > MAX_SCHEMA:
+        raise bad(f"{place}.schema: expected at most {MAX_SCHEMA} characters, got {size}", place, "invalid_value")
     return ResponseFormat(schema, param)

@@ -42,6 +42,8 @@ INTERFACES: dict[str, type[Interface]] = {
 TYPES = {"html": "text/html; charset=utf-8", "js": "text/javascript; charset=utf-8", "css": "text/css; charset=utf-8"}
 # Pictures of the page that may be decoded or wait; in a thread of their own, so that answers do not wait for them.
 MAX_PREVIEWS = 4
+# Values of a body: each takes up a hundred bytes once it is read, and is looked at one by one.
+MAX_VALUES = 2**20
 CSP = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -191,12 +193,16 @@ async def body_of(request: Request) -> Any:
     """The parsed body.
 
     Raises:
-        ApiError: 400 for what is no JSON, or holds values that no field takes (see `check_values`).
+        ApiError: 400 for what is no JSON, or holds values that no field takes (see `check_values`); 413 for too many.
     """
     try:
-        body = json.loads(await request.body())
+        content = await request.body()
     except ClientDisconnect:
         raise ApiError(CLIENT_GONE, "the client went away while it sent the request") from None
+    if content.count(b",") > MAX_VALUES:
+        raise ApiError(413, f"expected a body of at most {MAX_VALUES} values, got more", code="body_too_large")
+    try:
+        body = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"expected JSON, got {error}", code="invalid_json") from None
     check_values(body)

@@ -42,4 +42,4 @@ class Envelope:
                         self.metrics.disconnected.inc()
             await send(message)
 
-        await self.app({**scope, "path": path, "raw_path": path.encode()}, receive, sending)
+        await self.app({**scope, "path": path}, receive, sending)

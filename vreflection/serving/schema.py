@@ -27,7 +27,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "no_repeat_ngram_size": (0,), "num_beams": (1,), "truncate_prompt_tokens": (-1,),
 }  # fmt: skip
 MAX_TOP_LOGPROBS = 20  # OpenAI's own limit
-MAX_BIASES = 1024
+MAX_ENTRIES = 1024  # of a list; the limits that depend on the server are far below
 
 
 def integral(value: Any) -> Any:
@@ -79,10 +79,10 @@ class LatentField(Strict):
     steps: Integer | None = Field(default=None, ge=0)
     off: bool = False
     force: bool = False
-    use: Annotated[list[Hidden | None] | None, BeforeValidator(in_list)] = None
-    include: list[Literal["maps", "hidden"]] = []
+    use: Annotated[list[Hidden | None] | None, BeforeValidator(in_list)] = Field(default=None, max_length=MAX_ENTRIES)
+    include: list[Literal["maps", "hidden"]] = Field(default=[], max_length=MAX_ENTRIES)
     box: Box | None = None
-    boxes: list[Box] | None = None
+    boxes: list[Box] | None = Field(default=None, max_length=MAX_ENTRIES)
 
 
 class StreamOptions(BaseModel):
@@ -104,10 +104,10 @@ class GenerationFields(BaseModel):
     repetition_penalty: float | None = Field(default=None, ge=0.01, le=10)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
-    logit_bias: Biases | None = Field(default=None, max_length=MAX_BIASES)
+    logit_bias: Biases | None = Field(default=None, max_length=MAX_ENTRIES)
     seed: Integer | None = Field(default=None, ge=-(2**63), lt=2**63)
-    stop: Texts | None = None
-    stop_token_ids: list[Integer] | None = None
+    stop: Texts | None = Field(default=None, max_length=MAX_ENTRIES)
+    stop_token_ids: list[Integer] | None = Field(default=None, max_length=MAX_ENTRIES)
     ignore_eos: bool | None = None
     min_tokens: Integer | None = Field(default=None, ge=0)
     stream: bool | None = None
@@ -170,37 +170,41 @@ def check_values(body: Any) -> None:
     Raises:
         ApiError: 400, naming the place.
     """
-    for place, value in values_of(body):
-        if isinstance(value, float) and not math.isfinite(value):
-            raise bad(f"{place}: expected a finite number, got {value}", place, "invalid_value")
-        if isinstance(value, str) and not value.isascii():
-            try:
-                value.encode()
-            except UnicodeEncodeError as error:
-                raise bad(
-                    f"{place}: expected whole characters, got half of a surrogate pair ({value[error.start]!r}) at "
-                    f"character {error.start}; was the text cut inside an emoji?",
-                    place, "invalid_text",
-                ) from None  # fmt: skip
-
-
-def values_of(body: Any) -> Iterator[tuple[str, Any]]:
-    """Every text and number of a JSON value with its place; names of fields too, at the place of their object."""
-    pending: list[tuple[str, Any]] = [("", body)]
-    while pending:
-        place, value = pending.pop()
-        if isinstance(value, dict):
-            yield from ((place or "body", key) for key in value)
-            entries = value.items()
-        elif isinstance(value, list):
-            entries = enumerate(value)
+    names: list[str | int] = []
+    levels: list[Iterator[tuple[str | int, Any]]] = [iter([("body", body)])]
+    while levels:
+        for name, value in levels[-1]:
+            if isinstance(value, dict | list):
+                for key in value if isinstance(value, dict) else ():
+                    check_value(key, [*names, name])
+                names.append(name)
+                levels.append(iter(value.items()) if isinstance(value, dict) else enumerate(value))
+                break
+            check_value(value, [*names, name])
         else:
-            yield place or "body", value
-            continue
-        # The path stays printable whatever a name holds, and short.
-        pending += [(f"{place}.{printable(key)}"[-120:].lstrip("."), inner) for key, inner in entries]
+            levels.pop()
+            if names:
+                names.pop()
 
 
-def printable(key: str | int) -> str:
-    text = str(key)[:60]
-    return text if text.isprintable() else repr(text)[1:-1]
+def check_value(value: Any, names: list[str | int]) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        place = place_of(names)
+        raise bad(f"{place}: expected a finite number, got {value}", place, "invalid_value")
+    if isinstance(value, str) and not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            place = place_of(names)
+            raise bad(
+                f"{place}: expected whole characters, got half of a surrogate pair ({value[error.start]!r}) at "
+                f"character {error.start}; was the text cut inside an emoji?",
+                place, "invalid_text",
+            ) from None  # fmt: skip
+
+
+def place_of(names: list[str | int]) -> str:
+    """A path into the body, printable whatever the names of its fields hold, and short."""
+    shown = [str(name)[:60] for name in names]
+    shown = [name if name.isprintable() else repr(name)[1:-1] for name in shown]
+    return ".".join(shown[1:] or shown)[-120:]
