@@ -6,11 +6,10 @@ Names are imported on first use, so that `import vreflection` stays light.
 from __future__ import annotations
 
 import importlib
-from functools import partial
 from typing import TYPE_CHECKING
 
+from . import auto_classes
 from ._version import __version__
-from .after_import import after_import
 
 if TYPE_CHECKING:
     from . import losses, ops
@@ -71,7 +70,5 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-# Our modules enter their classes into the host library's tables, so that its Auto classes give ours for a folder of
-# ours. The model's, which is heavy, follows when a configuration is read.
-for _table, _home in (("configuration_auto", "model.config"), ("processing_auto", "model.processor")):
-    after_import(f"transformers.models.auto.{_table}", partial(importlib.import_module, f".{_home}", __name__))
+# `AutoModelForImageTextToText.from_pretrained(<a folder of ours>)` gives our class.
+auto_classes.register()

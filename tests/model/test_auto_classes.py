@@ -33,7 +33,10 @@ OURS = ["VReflectionConfig", *["VReflectionForConditionalGeneration"] * 2, "VRef
 
 @pytest.mark.parametrize(
     "code",
-    ["import vreflection" + LOAD, LOAD.replace("folder =", "import vreflection; folder =")],
+    [
+        "import vreflection; from transformers import Qwen2_5_VLConfig" + LOAD,
+        LOAD.replace("folder =", "import vreflection; folder ="),
+    ],
     ids=["first", "last"],
 )
 def test_auto_classes_give_ours_whichever_library_came_first(checkpoint, code):

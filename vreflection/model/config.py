@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from dataclasses import dataclass
 
 from transformers import AutoConfig, Qwen2_5_VLConfig
 
+from ..auto_classes import MODEL_TYPE
 from ..errors import ConfigError
 
 
@@ -67,7 +69,7 @@ class VReflectionConfig(Qwen2_5_VLConfig):
             aligned to the teacher, relative to the slots; set through the model's `objective` (see `LatentObjective`).
     """
 
-    model_type = "vreflection"
+    model_type = MODEL_TYPE
 
     stage: str = "base"
     num_latent_tokens: int = 8
@@ -103,8 +105,10 @@ class VReflectionConfig(Qwen2_5_VLConfig):
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
-        if "transformers.models.auto.modeling_auto" in sys.modules:
-            from . import modeling  # noqa: F401  # before its tables are asked for this configuration's model
+        # What is filed under this configuration is registered before anybody can ask for it.
+        for table, module in (("modeling_auto", "modeling"), ("tokenization_auto", "processor")):
+            if f"transformers.models.auto.{table}" in sys.modules:
+                importlib.import_module(f".{module}", __package__)
         return super().from_dict(config_dict, **kwargs)
 
     @classmethod
@@ -120,4 +124,4 @@ class VReflectionConfig(Qwen2_5_VLConfig):
         return config
 
 
-AutoConfig.register(VReflectionConfig.model_type, VReflectionConfig)
+AutoConfig.register(VReflectionConfig.model_type, VReflectionConfig, exist_ok=True)  # over its stand-in
