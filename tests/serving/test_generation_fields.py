@@ -1,9 +1,12 @@
 """Fields that say how to answer: what they mean to the decoder, their limits, and what they have no effect on."""
 
+import asyncio
 import json
 import math
 
 import pytest
+
+from vreflection.serving.errors import ApiError
 
 httpx = pytest.importorskip("httpx")
 openai = pytest.importorskip("openai")
@@ -27,7 +30,7 @@ def prepared(server, **fields):
     from vreflection.serving.chat import Chat
 
     body = {"model": "tiny", "messages": [{"role": "user", "content": "which?"}], **fields}
-    return server.service._prepare(Chat(body).request).choices[0].request
+    return asyncio.run(server.service.prepare(Chat(body).request)).choices[0].request
 
 
 @pytest.mark.parametrize(
@@ -148,10 +151,9 @@ def test_the_bound_on_bytes_refuses_nothing_that_fits(server):
     """However much text a token can stand for, and however much shorter text becomes when it is composed."""
     maker = server.service.prompts
     assert maker.longest_token == 1  # the byte tokenizer's
-    fits = "x" * 3 * 256
-    maker.check_length([fits], "messages")
-    with pytest.raises(Exception, match="2316 bytes of text, which are at least 772"):
-        maker.check_length([fits * 3, "é" * 6], "messages")
+    maker.check_length(["x" * 200, "\u1112\u1161\u11ab" * 18, "x" * 2], "messages")  # 18 syllables of three bytes
+    with pytest.raises(ApiError, match="messages: expected at most 256 tokens, got 259 bytes of text, which .* 257;"):
+        maker.check_length(["x" * 256, "\u20ac"], "messages")
 
 
 def test_stop_token_ids_and_ignored_ends(serve, parts, tools):

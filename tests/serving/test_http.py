@@ -139,6 +139,24 @@ def test_bodies_of_too_many_values_are_refused_unread(server):
     assert refused.status_code == 413 and refused.json()["error"]["code"] == "body_too_large"
 
 
+@pytest.mark.parametrize(
+    ("path", "more"), [("chat/completions", {}), ("responses", {"input": "a", "max_output_tokens": 4})]
+)
+def test_a_stream_that_breaks_says_so(serve, monkeypatch, path, more):
+    """Whatever breaks: it ends with an error that clients raise, not as if the answer were whole."""
+    with serve() as server:
+
+        async def broken(*_, **__):
+            raise RuntimeError("lost")
+
+        monkeypatch.setattr(server.service, "details", broken)
+        fields = body(stream=True) if not more else {"model": "tiny", "stream": True, **more}
+        text = httpx.post(f"{server.base}/{path}", json=fields, timeout=30).text
+        assert '"code": "internal"' in text and "its log says how" in text
+        assert '"response.completed"' not in text and '"finish_reason": "' not in text
+        assert server.service.in_work == 0
+
+
 def address(*size):
     buffer = io.BytesIO()
     Image.new("RGB", size).save(buffer, "PNG")
@@ -161,6 +179,6 @@ def test_low_detail_means_fewer_pixels(parts):
     pictures = Pictures(Sizes(), ServeSettings())
     large, small, thin = address(1024, 600), address(300, 200), address(3900, 20)
     requests = ((large, "low"), (large, "auto"), (large, "high"), (small, "low"), (thin, "low"))
-    keys = [pictures.of(ImageReference(url, detail, "x"))[0] for url, detail in requests]
+    keys = [pictures.decode(pictures.read(ImageReference(url, detail, "x")))[0] for url, detail in requests]
     assert sizes == [(512, 300), (1024, 600), (300, 200), (512, 3)]
     assert keys[0] != keys[1] == keys[2]

@@ -64,18 +64,14 @@ async def whole_text(service: AnswerService, job: Job, choice: Choice) -> tuple[
 
 
 async def interleaved(streams: Sequence[AsyncIterator[Event]]) -> AsyncIterator[Event]:
-    """The events of several streams as they come.
-
-    Raises:
-        ApiError: as soon as one of them does.
-    """
-    queue: asyncio.Queue[Event | ApiError | None] = asyncio.Queue()
+    """The events of several streams as they come; raises what one of them raises, as soon as it does."""
+    queue: asyncio.Queue[Event | Exception | None] = asyncio.Queue()
 
     async def drain(stream: AsyncIterator[Event]) -> None:
         try:
             async for event in stream:
                 queue.put_nowait(event)
-        except ApiError as error:
+        except Exception as error:
             queue.put_nowait(error)
         finally:
             queue.put_nowait(None)
@@ -87,7 +83,7 @@ async def interleaved(streams: Sequence[AsyncIterator[Event]]) -> AsyncIterator[
             event = await queue.get()
             if event is None:
                 running -= 1
-            elif isinstance(event, ApiError):
+            elif isinstance(event, Exception):
                 raise event
             else:
                 yield event
