@@ -21,10 +21,13 @@ _STEP = 1024
 
 
 @triton.jit
-def student_place(key_index, place, queries, mask):
-    """Position in the student maps `(S, Q)` of teacher element `place`."""
-    row = tl.load(key_index + place // queries, mask=mask, other=0)
-    return row * queries + place % queries
+def student_place(key_index, begin, step, queries, mask):
+    """Position in the student maps `(S, Q)` of the teacher elements `begin + step`; `begin` is int64, `step` int32."""
+    # One wide division for the block, narrow ones for its elements.
+    row = begin // queries
+    within = (begin - row * queries).to(tl.int32) + step
+    key = tl.load(key_index + row + within // queries, mask=mask, other=0)
+    return key * queries + within % queries
 
 
 @triton.jit(do_not_specialize=["latent_programs"])
@@ -56,12 +59,13 @@ def _distillation_kernel(
             difference = x - tl.load(targets + place, mask=mask, other=0.0).to(wide)
             acc += difference * difference
     else:
-        map_begin = (program - latent_programs) * block
+        map_begin = (program - latent_programs).to(tl.int64) * block
         for map_start in range(0, block, STEP):
-            entry = map_begin + map_start + tl.arange(0, STEP)
-            in_maps = entry < map_size
-            teacher = tl.load(teacher_maps + entry, mask=in_maps, other=0.0).to(wide)
-            student = tl.load(student_maps + student_place(key_index, entry, queries, in_maps), mask=in_maps, other=1.0)
+            step = map_start + tl.arange(0, STEP)
+            in_maps = map_begin + step < map_size
+            teacher = tl.load(teacher_maps + map_begin + step, mask=in_maps, other=0.0).to(wide)
+            home = student_place(key_index, map_begin, step, queries, in_maps)
+            student = tl.load(student_maps + home, mask=in_maps, other=1.0)
             zero = teacher == 0.0
             safe = tl.where(zero, 1.0, teacher)
             term = teacher * (tl.log(safe) - tl.log(student.to(wide) + eps))
@@ -125,12 +129,12 @@ def _distillation_backward_kernel(
                 tl.store(grad_targets + place, (-gradient).to(grad_targets.dtype.element_ty), mask=mask)
     else:
         map_scale = tl.load(grad_kl).to(wide) * kl_scale
-        map_begin = (program - latent_programs) * block
+        map_begin = (program - latent_programs).to(tl.int64) * block
         for map_start in range(0, block, STEP):
-            entry = map_begin + map_start + tl.arange(0, STEP)
-            in_maps = entry < map_size
-            teacher = tl.load(teacher_maps + entry, mask=in_maps, other=0.0).to(wide)
-            home = student_place(key_index, entry, queries, in_maps)
+            step = map_start + tl.arange(0, STEP)
+            in_maps = map_begin + step < map_size
+            teacher = tl.load(teacher_maps + map_begin + step, mask=in_maps, other=0.0).to(wide)
+            home = student_place(key_index, map_begin, step, queries, in_maps)
             student = tl.load(student_maps + home, mask=in_maps, other=1.0).to(wide) + eps
             # A zero teacher entry has no gradient, even where the student is zero too.
             safe = tl.where(teacher == 0.0, 1.0, student)

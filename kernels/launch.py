@@ -54,6 +54,9 @@ CELL_GRADIENT_TILE = TileConfig(32, 64, 4, 2)
 ELEMENTWISE = TileConfig(1, 1, 4, 1)
 # Grid axes after the first hold at most 65535 programs.
 MAX_BOXES = 32768
+MAX_PROGRAMS = 2**31
+# Positions of tokens and keys are 32-bit numbers, those past the end of a last tile included.
+MAX_TOKENS = 2**31 - 2**15
 
 
 def row_tile(rows: int, limit: int = 128) -> int:
@@ -68,6 +71,21 @@ def tile_slots(keys: int, boxes: int, tile: int) -> int:
     of a single box; programs past a box's end return at once.
     """
     return keys // tile + boxes
+
+
+def token_grid(tokens: int, depth: int, tile: TileConfig) -> tuple[int]:
+    """Programs over every tile of tokens and channels, along the one axis that holds 2^31 - 1 of them.
+
+    Raises:
+        ValueError: more programs, or more tokens than 32-bit positions count.
+    """
+    programs = ceil_div(tokens, tile.tokens) * ceil_div(depth, tile.depth)
+    if programs >= MAX_PROGRAMS or tokens > MAX_TOKENS:
+        raise ValueError(
+            f"tokens: expected at most {MAX_TOKENS} of them, and fewer than {MAX_PROGRAMS} tiles of {tile.tokens} x "
+            f"{tile.depth}, got {tokens} tokens of width {depth}; split the pack"
+        )
+    return (programs,)
 
 
 def chunk_slots(keys: int, chunk: int) -> int:

@@ -16,12 +16,14 @@ from .checks import check_taps, check_tensors, check_tokens, multiprocessors, on
 from .launch import (
     ELEMENTWISE,
     MAX_BOXES,
+    MAX_TOKENS,
     AttentionConfig,
     ceil_div,
     chunk_slots,
     next_power_of_2,
     row_tile,
     tile_slots,
+    token_grid,
 )
 from .region_cells import _region_sample_kernel, _region_splat_kernel
 from .region_context import _region_context_kernel, _sum_chunks_kernel, _token_gradient_kernel
@@ -140,6 +142,11 @@ class _Call:
             )
         if self.boxes > MAX_BOXES:
             raise ValueError(f"{op}: expected at most {MAX_BOXES} boxes in one call, got {self.boxes}; split the batch")
+        if max(self.keys, tokens.shape[0]) > MAX_TOKENS:
+            raise ValueError(
+                f"{op}: expected at most {MAX_TOKENS} packed tokens and keys, got {tokens.shape[0]} and {self.keys}; "
+                "split the pack"
+            )
         if map_heads and self.rows % map_heads:
             raise ValueError(f"{op}: map_heads={map_heads} does not divide the {self.rows} query rows; pass the heads")
         self.row_data = rows.contiguous()
@@ -257,9 +264,8 @@ class _Call:
 
     def token_gradient(self, weights, grad_context, grad_scores, out):
         tile = self.config.token_gradient
-        grid = (ceil_div(self.depth, tile.depth), ceil_div(self.tokens.shape[0], tile.tokens))
         rows = self.row_data
-        _token_gradient_kernel[grid](
+        _token_gradient_kernel[token_grid(self.tokens.shape[0], self.depth, tile)](
             weights, grad_context, grad_scores, rows, self.spans, out, self.boxes, self.tokens.shape[0], self.rows,
             self.depth, self.row_stride(rows),
             TOKEN_TILE=tile.tokens, DEPTH_TILE=tile.depth, ROW_TILE=row_tile(self.rows, 64), BOX_STEP=_BOX_STEP,

@@ -124,11 +124,15 @@ def _token_gradient_kernel(
     ROW_TILE: tl.constexpr,
     BOX_STEP: tl.constexpr,
 ):
-    """out[t, d] = sum over boxes of weights . grad_context + grad_scores . rows. Grid (channel tiles, token tiles)."""
+    """out[t, d] = sum over boxes of weights . grad_context + grad_scores . rows.
+
+    Grid (token tiles * channel tiles,), channels fastest: only the first axis holds more than 65535 programs.
+    """
     wide = weights.dtype.element_ty
-    token_begin = tl.program_id(1) * TOKEN_TILE
+    depth_tiles = tl.cdiv(depth, DEPTH_TILE)
+    token_begin = tl.program_id(0) // depth_tiles * TOKEN_TILE
     token = token_begin + tl.arange(0, TOKEN_TILE)
-    d = tl.program_id(0) * DEPTH_TILE + tl.arange(0, DEPTH_TILE)
+    d = tl.program_id(0) % depth_tiles * DEPTH_TILE + tl.arange(0, DEPTH_TILE)
     in_depth = d < depth
     acc = tl.zeros((TOKEN_TILE, DEPTH_TILE), dtype=wide)
     for box_begin in range(0, num_boxes, BOX_STEP):

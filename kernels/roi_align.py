@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .checks import check_taps, check_tensors, check_tokens, on_device, wide_dtype
-from .launch import CELL_GRADIENT_TILE, CELL_TILE, ceil_div, next_power_of_2
+from .launch import CELL_GRADIENT_TILE, CELL_TILE, ceil_div, next_power_of_2, token_grid
 from .region_cells import axis_weight
 from .spans import load_span, next_touching_box
 
@@ -79,11 +79,15 @@ def _roi_align_backward_kernel(
     DEPTH_TILE: tl.constexpr,
     BOX_STEP: tl.constexpr,
 ):
-    """out[t, d] = sum over boxes and cells of (the cell's weight on t) * grad. Grid (channel, token tiles)."""
+    """out[t, d] = sum over boxes and cells of (the cell's weight on t) * grad.
+
+    Grid (token tiles * channel tiles,), channels fastest: only the first axis holds more than 65535 programs.
+    """
     wide = tap_weight.dtype.element_ty
-    token_begin = tl.program_id(1) * TOKEN_TILE
+    depth_tiles = tl.cdiv(depth, DEPTH_TILE)
+    token_begin = tl.program_id(0) // depth_tiles * TOKEN_TILE
     token = token_begin + tl.arange(0, TOKEN_TILE)
-    d = tl.program_id(0) * DEPTH_TILE + tl.arange(0, DEPTH_TILE)
+    d = tl.program_id(0) % depth_tiles * DEPTH_TILE + tl.arange(0, DEPTH_TILE)
     in_depth = d < depth
     column = tl.arange(0, SIDE_TILE)
     in_side = column < side
@@ -162,7 +166,7 @@ def roi_align_backward(
         return out.zero_()
     weight = tap_weight.to(wide_dtype(grad.dtype)).contiguous()
     with on_device(grad):
-        _roi_align_backward_kernel[(ceil_div(depth, tile.depth), ceil_div(num_tokens, tile.tokens))](
+        _roi_align_backward_kernel[token_grid(num_tokens, depth, tile)](
             grad.contiguous(), out, spans, tap_index.contiguous(), weight, boxes, num_tokens, depth, side, taps,
             TOKEN_TILE=tile.tokens, SIDE_TILE=max(next_power_of_2(side), 16), DEPTH_TILE=tile.depth,
             BOX_STEP=_BOX_STEP, **tile.options,

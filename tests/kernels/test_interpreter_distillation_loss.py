@@ -110,3 +110,16 @@ def test_mismatched_maps_are_refused(oracle):
         kernels.distillation(latents, targets, student, teacher[:5], index, EPS, SCALE)
     with pytest.raises(ValueError, match="one target per latent"):
         kernels.distillation(latents, targets[:1], student, teacher, index, EPS, SCALE)
+
+
+def test_places_of_maps_past_two_to_the_31(oracle):
+    """A program whose block begins there, beyond the end of small maps, must read and add nothing."""
+    kernels = oracle.kernel_module("distillation_loss")
+    latents, targets, student, teacher, index = build((1, 4, 8), 6, 6)
+    partial = torch.full((1,), 7.0)
+    block, before = 1024, 2**21  # as many programs before it
+    kernels._distillation_kernel[(1,)](
+        latents, targets, student, teacher, index, partial, -before, latents.numel(), teacher.numel(), 4, block, EPS,
+        STEP=block,
+    )  # fmt: skip
+    assert partial.item() == 0.0

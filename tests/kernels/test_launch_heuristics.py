@@ -96,8 +96,12 @@ def test_grids_stay_inside_the_launch_limits(launch):
     config = launch.AttentionConfig.from_shape(1_000_000, 64, 3584, 2)
     assert launch.tile_slots(1_000_000, 1000, config.scores.tokens) < 2**31
     assert launch.tile_slots(1_000_000, 1000, config.chunk) < 2**16
-    assert launch.ceil_div(1_000_000, config.token_gradient.tokens) < 2**16
-    assert launch.ceil_div(3584, config.token_gradient.depth) < 2**31
+    for tile in (config.token_gradient, launch.CELL_GRADIENT_TILE):
+        for tokens in (1_000_000, 300_000_000):  # past what a second axis would hold
+            (programs,) = launch.token_grid(tokens, 3584, tile)
+            assert programs * tile.tokens * tile.depth >= tokens * 3584 and programs < 2**31
+        with pytest.raises(ValueError, match="expected at most 2147450880 of them, .* split the pack"):
+            launch.token_grid(2**31, 8, tile)
 
 
 def test_bad_config_names_the_fix(launch):
