@@ -225,25 +225,35 @@ SCHEMA = {
 }  # fmt: skip
 
 
-def test_answers_follow_a_json_schema(serve):
-    """The random model's text is JSON all the same; it ends where the object does, or is cut at the length."""
+def test_answers_follow_a_json_schema(serve, parts):
+    """The random model's text is JSON all the same, through every way to ask for it."""
     pytest.importorskip("llguidance")
+    import pydantic
+
+    class Number(pydantic.BaseModel):
+        model_config = {"extra": "forbid"}
+        a: int
+
+    named = {"name": "number", "schema": SCHEMA, "strict": True}
+    chat = {"type": "json_schema", "json_schema": named}
+    ends = {str(parts[1].encode_text("}")[0]): 5}  # so that the number ends
     with serve(max_tokens=64, default_tokens=64) as server:
-        named = {"name": "number", "schema": SCHEMA, "strict": True}
-        chat = {"type": "json_schema", "json_schema": named}
-        texts = [ask(server, response_format=chat, logit_bias={"125": 5})["choices"][0]["message"]["content"]]
-        made = client(server).responses.create(
-            model="tiny",
-            input="which?",
-            text={"format": {"type": "json_schema", **named}},
-            extra_body={"logit_bias": {"125": 5}},
-        )
-        texts.append(made.output_text)
+        responses, completions = client(server).responses, client(server).chat.completions
+        body, bias = {"model": "tiny", "messages": [{"role": "user", "content": "a"}]}, {"logit_bias": ends}
+        texts = [
+            ask(server, response_format=chat, **bias)["choices"][0]["message"]["content"],
+            responses.create(
+                model="tiny", input="a", text={"format": {"type": "json_schema", **named}}, extra_body=bias
+            ).output_text,
+            completions.parse(**body, **bias, response_format=Number).choices[0].message.content,
+        ]
         for text in texts:
             assert list(json.loads(text)) == ["a"] and isinstance(json.loads(text)["a"], int)
+        assert responses.parse(model="tiny", input="a", text_format=Number, extra_body=bias).output_parsed.a is not None
+        with completions.stream(**body, **bias, response_format=Number) as stream:
+            assert stream.get_final_completion().choices[0].message.parsed.a is not None
         text = ask(server, response_format={"type": "json_object"})["choices"][0]["message"]["content"]
         assert text.lstrip().startswith("{")
-        error = ask(server, response_format={"type": "json_schema", "json_schema": {"schema": {"type": "digit"}}})[
-            "error"
-        ]
+        wrong = {"type": "json_schema", "json_schema": {"schema": {"type": "digit"}}}
+        error = ask(server, response_format=wrong)["error"]
         assert error["param"] == "response_format" and "expected a JSON schema" in error["message"]
