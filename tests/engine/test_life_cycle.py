@@ -411,11 +411,11 @@ def test_an_interrupt_while_reading_ends_the_running_requests(lab, monkeypatch):
     with monkeypatch.context() as broken:
         notes, plain = [], decoder.note
 
-        def note(row, number):
-            notes.append(row)
+        def note(*arguments):
+            notes.append(arguments[0])
             if len(notes) == 6:
                 raise KeyboardInterrupt
-            plain(row, number)
+            plain(*arguments)
 
         broken.setattr(decoder, "note", note)
         with pytest.raises(KeyboardInterrupt):
@@ -539,7 +539,7 @@ def test_generation_configs_that_cannot_be_honoured(lab, tiny):
     for setting in (
         {"num_beams": 4},
         {"bad_words_ids": [[5]]},
-        {"min_new_tokens": 3},
+        {"min_length": 3},
         {"do_sample": True, "typical_p": 0.1},
         {"encoder_repetition_penalty": 2.0},
         {"dola_layers": "high"},

@@ -244,6 +244,21 @@ def test_returned_latents_consumed_again_give_the_same_answer(tiny):
     torch.testing.assert_close(swapped.step_hidden[:, :1], first.step_hidden[:, :1])
 
 
+def test_probes_are_taken_where_the_checkpoint_was_trained(tiny):
+    """Also of spans that consume other latents: the probes are the model's own states."""
+    model, batch = lively(tiny, "stage2"), prompt(tiny, [0, 1], opened=(0, 1))
+    other = torch.randn(2, tiny.SLOTS, tiny.WIDTH)
+    for settings in ({}, {"latents": other}):
+        model.objective = type(model.objective).for_stage("stage2")
+        at_slots = full(model, batch, **settings)
+        model.objective = type(model.objective).for_stage("stage2", probe_offset=-1)
+        before = full(model, batch, **settings)
+        for row in range(2):
+            states, first = before.step_hidden[row], before.probes[row][0]
+            torch.testing.assert_close(first, states[: tiny.SLOTS])
+            torch.testing.assert_close(at_slots.probes[row][0], states[1 : tiny.SLOTS + 1])
+
+
 def test_shapes_of_what_is_returned(tiny):
     model, batch = lively(tiny, "stage1"), prompt(tiny, [0, 1], opened=(1,))
     output = full(model, batch)
@@ -392,7 +407,7 @@ def test_streaming(tiny, mode):
         ({"num_beams": 2}, ConfigError, "num_beams: latent decoding supports 1, got 2"),
         ({"num_return_sequences": 3}, ConfigError, "num_return_sequences: latent decoding supports 1"),
         ({"max_tokens": 3}, ConfigError, r"unsupported settings \['max_tokens'\]; supported: .*max_new_tokens"),
-        ({"min_p": 0.1, "typical_p": 1.0}, ConfigError, r"\['min_p', 'typical_p'\]"),
+        ({"top_h": 0.1, "typical_p": 1.0}, ConfigError, r"\['top_h', 'typical_p'\]"),
         ({"max_new_tokens": 0}, ConfigError, "max_new_tokens: expected at least 1 .*, got 0"),
         ({"latent_mode": "both"}, ValueError, "latent_mode: expected one of"),
         ({"latent_steps": -1, "allow_other_latent_steps": True}, ValueError, "expected at least 0, got -1"),

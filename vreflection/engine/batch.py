@@ -429,7 +429,7 @@ class Batch:
                 shown = [t for t, hidden in zip(answer.tokens, answer.latent) if not hidden]
                 answer.text = self.processor.decode(shown)
             if row.request.return_latents:
-                row.collect()
+                row.collect(self.model.config.probe_offset)
         except Exception as own:
             answer.error = answer.error or own
         self.events.append(Emitted(row.ticket, token, latent, answer, logprobs))

@@ -206,8 +206,9 @@ class Generation:
         finish_reason: `eos`, `max_new_tokens`, `max_length` (no room left in the cache), `cancelled` or `error`.
         error: what went wrong, with `error`, or in making `text`; `generate` and `stream` raise it.
         text: decoded answer without special tokens, when the decoder has a processor.
-        latents, probes: with `return_latents`, `(spans, N, D)`: states consumed by the slots, and hidden states at the
-            slots. step_hidden: `(tokens, D)` hidden states whose logits gave each token.
+        latents, probes: with `return_latents`, `(spans, N, D)`: states consumed by the slots, and hidden states that
+            the student's attention starts from: at the slots, or before them (`probe_offset` of the configuration).
+        step_hidden: with `return_latents`, `(tokens, D)` hidden states whose logits gave each token.
         logprobs: with `logprobs`, per token the token with its log probability, then the likeliest ones; None at
             latent positions.
     """

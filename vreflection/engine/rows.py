@@ -57,8 +57,12 @@ class Row:
             return "eos"
         return "max_new_tokens" if self.counted >= self.request.max_new_tokens else "max_length"
 
-    def collect(self) -> None:
-        """Put the recorded hidden states into the answer: all, those fed back, and those that came out at slots."""
+    def collect(self, probe_offset: int) -> None:
+        """Put the recorded hidden states into the answer: all, those fed back, and those the student starts from.
+
+        Args:
+            probe_offset: of the checkpoint: 0 for the states that came out at the slots, -1 for those before them.
+        """
         if not self.hidden:
             return
         answer, steps = self.answer, self.request.latent_steps
@@ -66,7 +70,8 @@ class Row:
         # The input that step t consumed was the latent that the emission before it announced.
         fed = torch.tensor([False, *answer.latent[:-1]], device=hidden.device)
         whole = int(fed.sum()) // steps * steps if steps else 0
-        latents, probes = hidden[fed.roll(-1)][:whole], hidden[fed][:whole]
+        latents, at_slots = hidden[fed.roll(-1)][:whole], hidden[fed][:whole]
+        probes = at_slots if probe_offset == 0 else latents
         shape = (-1, max(steps, 1), hidden.shape[1])
         with torch.inference_mode(False):
             consumed_SND = latents.clone().view(shape)

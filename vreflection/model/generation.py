@@ -27,7 +27,8 @@ class LatentGenerateOutput(ModelOutput):
         sequences: `(batch, prompt + new)` ids; rows that finished early are padded.
         latent_mask: `(batch, new)` bool, the latent positions.
         latents, probes: with `return_latents`, per row `(spans, N, D)`: states that each span's slots consumed, given
-            or the model's own, and hidden states at the slots, which the student's attention starts from.
+            or the model's own, and hidden states that the student's attention starts from: at the slots, or before
+            them (`probe_offset` of the configuration).
         step_hidden: with `return_latents`, `(batch, new, D)` hidden states whose logits gave each new token; zero after
             a row's end.
     """
