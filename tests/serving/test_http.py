@@ -34,6 +34,12 @@ def test_head_and_a_slash_at_the_end(server, path):
         assert slash.content == plain.content
 
 
+def test_head_reaches_no_answer(server):
+    for path in ("chat/completions", "responses", "completions"):
+        assert httpx.head(f"{server.base}/{path}").status_code == 405
+    assert httpx.head(f"{server.base}/nothing").status_code == 404
+
+
 def test_answers_behind_a_slash(server):
     for path, more in (("chat/completions/", body()), ("completions/", {"model": "tiny", "prompt": "a"})):
         assert httpx.post(f"{server.base}/{path}", json=more, timeout=30).status_code == 200

@@ -15,7 +15,7 @@ _ID = re.compile(rb"[!-~]{1,200}")
 class Envelope:
     """ASGI middleware, the outermost.
 
-    - A slash at the end of a path changes nothing.
+    - A slash at the end of a path changes nothing, and HEAD is GET without the body.
     - Every response has `x-request-id`: the client's own, or a new one.
     - Responses to requests for answers are counted by status, refused ones too.
     """
@@ -33,7 +33,11 @@ class Envelope:
         if not _ID.fullmatch(request_id):
             request_id = uuid.uuid4().hex.encode()
 
+        head = scope["method"] == "HEAD"
+
         async def sending(message) -> None:
+            if head and message["type"] == "http.response.body":
+                message = {**message, "body": b""}
             if message["type"] == "http.response.start":
                 message = {**message, "headers": [*message.get("headers", []), (b"x-request-id", request_id)]}
                 if counted:
@@ -42,4 +46,5 @@ class Envelope:
                         self.metrics.disconnected.inc()
             await send(message)
 
-        await self.app({**scope, "path": path}, receive, sending)
+        method = "GET" if head else scope["method"]
+        await self.app({**scope, "path": path, "method": method}, receive, sending)
