@@ -114,6 +114,11 @@ def test_ends_and_lengths_reach_the_decoder(serve):
             "response_format.json_schema",
             "expected at most 65536 characters",
         ),
+        (
+            {"continue_final_message": False, "messages": [{"role": "assistant", "content": "a"}]},
+            "continue_final_message",
+            "a last turn of the assistant is continued here",
+        ),
         ({"stop_token_ids": [1] * 1025}, "stop_token_ids", "at most 1024 items"),
         ({"response_format": {"type": "json_object"}, "ignore_eos": True}, "ignore_eos", "expected false"),
         ({"stream_options": {"include_usage": 1}}, "stream_options.include_usage", "valid boolean"),

@@ -14,18 +14,20 @@ class Metrics:
 
     def __init__(self, in_work: Callable[[], int], rows: Callable[[], int]):
         self.registry = CollectorRegistry()
-        held = {"registry": self.registry}
+        registry = {"registry": self.registry}
         self.requests = Counter(
-            "vreflection_requests", "Requests for answers by HTTP status, refused ones too", ["status"], **held
+            "vreflection_requests", "Requests for answers by HTTP status, refused ones too", ["status"], **registry
         )
-        self.disconnected = Counter("vreflection_disconnected", "Requests whose client went away", **held)
-        self.tokens = Counter("vreflection_tokens", "Tokens: prompt, completion, latent steps", ["kind"], **held)
-        self.seconds = Histogram("vreflection_request_seconds", "From request to whole answer", buckets=SECONDS, **held)
+        self.disconnected = Counter("vreflection_disconnected", "Requests whose client went away", **registry)
+        self.tokens = Counter("vreflection_tokens", "Tokens: prompt, completion, latent steps", ["kind"], **registry)
+        self.seconds = Histogram(
+            "vreflection_request_seconds", "From request to whole answer", buckets=SECONDS, **registry
+        )
         self.first = Histogram(
-            "vreflection_first_token_seconds", "From request to first token", buckets=SECONDS, **held
+            "vreflection_first_token_seconds", "From request to first token", buckets=SECONDS, **registry
         )
-        Gauge("vreflection_answers_in_work", "Answers queued or decoding", **held).set_function(in_work)
-        Gauge("vreflection_rows_decoding", "Rows of the batch in use", **held).set_function(rows)
+        Gauge("vreflection_answers_in_work", "Answers queued or decoding", **registry).set_function(in_work)
+        Gauge("vreflection_rows_decoding", "Rows of the batch in use", **registry).set_function(rows)
 
     def text(self) -> bytes:
         return generate_latest(self.registry)

@@ -168,19 +168,19 @@ def refuse_stored(body: dict[str, Any]) -> None:
             )  # fmt: skip
 
 
-def read_input(given: Any, conversation: Conversation) -> None:
+def read_input(items: Any, conversation: Conversation) -> None:
     """The items of `input` as turns.
 
     Raises:
         ApiError: 400, naming the item and the part.
     """
-    if isinstance(given, str):
-        conversation.add("user", [given], "input")
+    if isinstance(items, str):
+        conversation.add("user", [items], "input")
         return
-    if not isinstance(given, list) or not given:
-        got = "an empty list" if given == [] else kind_of(given)
+    if not isinstance(items, list) or not items:
+        got = "an empty list" if items == [] else kind_of(items)
         raise bad(f"input: expected text or a list of items, got {got}", "input", "invalid_value")
-    for number, item in enumerate(given):
+    for number, item in enumerate(items):
         read_item(item, conversation, f"input.{number}")
 
 

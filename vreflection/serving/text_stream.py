@@ -10,7 +10,7 @@ HALF = "\ufffd"  # what a tokenizer makes of the first bytes of a character
 
 
 class TextStream:
-    """The text of one answer as it grows. `stopped` once a stop text appeared; nothing behind it is ever given out.
+    """The text of one answer as it grows. `stopped` once a stop text appeared; nothing behind it is ever sent.
 
     Args:
         min_tokens: stop texts that begin in the text of so many first tokens do not count.
@@ -21,7 +21,7 @@ class TextStream:
         self.min_tokens = min_tokens
         self.ids: list[int] = []
         self.text = ""  # all that was decided so far
-        self.given = 0  # characters handed out
+        self.sent = 0  # characters of it
         self.exempt = 0  # characters in which no stop text begins
         self.stopped = False
         self._settled = 0  # ids whose text cannot change any more
@@ -58,8 +58,8 @@ class TextStream:
         if places:
             self.stopped, until = True, min(places)
             self.text = self.text[:until]
-        piece = self.text[self.given : max(until, self.given)]
-        self.given += len(piece)
+        piece = self.text[self.sent : max(until, self.sent)]
+        self.sent += len(piece)
         return piece
 
     def _held(self) -> int:
