@@ -160,7 +160,8 @@ def test_offsets_of_the_objective_travel_with_the_weights(tiny, tmp_path):
     from dataclasses import replace
 
     model = tiny.model("stage2")
-    model.objective = replace(model.objective, probe_offset=-1, alignment_offset=0)
+    model.objective = replace(model.objective, probe_offset=-1, alignment_weight=0.5, alignment_offset=0)
+    model.objective = replace(model.objective, alignment_weight=None, alignment_offset=-1)  # not trained any more
     model.save_pretrained(tmp_path / "a")
     tiny.processor().save_pretrained(tmp_path / "a")
     convert_checkpoint(tmp_path / "a", tmp_path / "released", "released")

@@ -104,7 +104,9 @@ class VReflectionForConditionalGeneration(CheckpointMixin, LatentGenerationMixin
     @objective.setter
     def objective(self, objective: LatentObjective) -> None:
         self._objective = objective
-        self.config.probe_offset, self.config.alignment_offset = objective.probe_offset, objective.alignment_offset
+        self.config.probe_offset = objective.probe_offset
+        if objective.alignment_weight is not None:  # else that of an earlier stage stands
+            self.config.alignment_offset = objective.alignment_offset
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
