@@ -124,4 +124,14 @@ class VReflectionConfig(Qwen2_5_VLConfig):
         return config
 
 
+def check_teacher_settings(config: VReflectionConfig, settings: dict) -> None:
+    """Refuse settings that differ from those a taken-over teacher was built with."""
+    for name in ("num_latent_tokens", "region", "roi_output_size", "roi_sampling_ratio", "resampler_num_heads"):
+        if name in settings and settings[name] != getattr(config, name):
+            raise ConfigError(
+                f"{name}: the {config.stage.replace('stage', 'stage-')} teacher was trained with "
+                f"{getattr(config, name)!r}, got {settings[name]!r}; leave it out"
+            )
+
+
 AutoConfig.register(VReflectionConfig.model_type, VReflectionConfig, exist_ok=True)  # over its stand-in

@@ -207,3 +207,12 @@ def locate_supervision(
     target[starts] = False
     index = np.flatnonzero(target)
     return index - 1, flat[index]
+
+
+def fill_slots(embeds, latents_BQD, layout: BatchLayout, slot_inputs, free_running) -> torch.Tensor:
+    """Put latents into the slots; rows of `free_running` take `slot_inputs` instead."""
+    if slot_inputs is not None:
+        latents_BQD = torch.where(free_running[:, None, None], slot_inputs.to(latents_BQD.dtype), latents_BQD)
+    flat = embeds.flatten(0, 1)
+    filled = flat.index_copy(0, layout.slot_index_BQ.flatten(), latents_BQD.flatten(0, 1).to(flat.dtype))
+    return filled.view_as(embeds)

@@ -16,7 +16,7 @@ from transformers import AutoModel, AutoModelForImageTextToText, Qwen2_5_VLForCo
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 from transformers.utils import ModelOutput
 
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError
 from ..losses import (
     LatentObjective,
     latent_alignment,
@@ -26,9 +26,9 @@ from ..losses import (
 from ..modules import BoxGuidedCompression, CrossAttentionResampler, DynamicAutoregressiveCompression
 from ..ops import RegionPlan, distillation_loss, image_plan
 from .checkpoint import CheckpointMixin
-from .config import STAGES, VReflectionConfig
+from .config import STAGES, VReflectionConfig, check_teacher_settings
 from .generation import LatentGenerationMixin
-from .layout import BatchLayout
+from .layout import BatchLayout, fill_slots
 from .packed_attention import PACKED_ATTENTION, Sequences
 from .packed_vision import packed_vision
 
@@ -381,25 +381,6 @@ class VReflectionForConditionalGeneration(CheckpointMixin, LatentGenerationMixin
             self.objective.kl_reduction,
         )  # fmt: skip
         return {"latent_mse": mse, "attention_kl": kl}
-
-
-def check_teacher_settings(config: VReflectionConfig, settings: dict) -> None:
-    """Refuse settings that differ from those a taken-over teacher was built with."""
-    for name in ("num_latent_tokens", "region", "roi_output_size", "roi_sampling_ratio", "resampler_num_heads"):
-        if name in settings and settings[name] != getattr(config, name):
-            raise ConfigError(
-                f"{name}: the {config.stage.replace('stage', 'stage-')} teacher was trained with "
-                f"{getattr(config, name)!r}, got {settings[name]!r}; leave it out"
-            )
-
-
-def fill_slots(embeds, latents_BQD, layout: BatchLayout, slot_inputs, free_running) -> torch.Tensor:
-    """Put latents into the slots; rows of `free_running` take `slot_inputs` instead."""
-    if slot_inputs is not None:
-        latents_BQD = torch.where(free_running[:, None, None], slot_inputs.to(latents_BQD.dtype), latents_BQD)
-    flat = embeds.flatten(0, 1)
-    filled = flat.index_copy(0, layout.slot_index_BQ.flatten(), latents_BQD.flatten(0, 1).to(flat.dtype))
-    return filled.view_as(embeds)
 
 
 def connected_zero(hidden: torch.Tensor, module: nn.Module) -> torch.Tensor:
