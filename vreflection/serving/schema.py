@@ -175,27 +175,30 @@ def check_values(body: Any) -> None:
     while levels:
         for name, value in levels[-1]:
             if isinstance(value, dict | list):
-                for key in value if isinstance(value, dict) else ():
-                    check_value(key, [*names, name])
                 names.append(name)
+                if isinstance(value, dict):
+                    for key in value:
+                        refuse_broken(key, names)
                 levels.append(iter(value.items()) if isinstance(value, dict) else enumerate(value))
                 break
-            check_value(value, [*names, name])
+            if isinstance(value, float | str):
+                refuse_broken(value, names, name)
         else:
             levels.pop()
             if names:
                 names.pop()
 
 
-def check_value(value: Any, names: list[str | int]) -> None:
-    if isinstance(value, float) and not math.isfinite(value):
-        place = place_of(names)
-        raise bad(f"{place}: expected a finite number, got {value}", place, "invalid_value")
-    if isinstance(value, str) and not value.isascii():
+def refuse_broken(value: float | str, names: list[str | int], *name: str | int) -> None:
+    if not isinstance(value, str):
+        if not math.isfinite(value):
+            place = place_of([*names, *name])
+            raise bad(f"{place}: expected a finite number, got {value}", place, "invalid_value")
+    elif not value.isascii():
         try:
             value.encode()
         except UnicodeEncodeError as error:
-            place = place_of(names)
+            place = place_of([*names, *name])
             raise bad(
                 f"{place}: expected whole characters, got half of a surrogate pair ({value[error.start]!r}) at "
                 f"character {error.start}; was the text cut inside an emoji?",
