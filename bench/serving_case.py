@@ -5,20 +5,19 @@ The quickstart's base model with latent steps, which never ends by itself: every
 
 import signal
 import sys
-import threading
-import time
 
 import torch
-import uvicorn
 
 from vreflection.model.modeling import VReflectionForConditionalGeneration
 from vreflection.model.processor import VReflectionProcessor
 from vreflection.quickstart.base import base_dir
 from vreflection.serving.app import create_app, make_service
+from vreflection.serving.server import Server, bind
+from vreflection.serving.service import AnswerService
 from vreflection.serving.settings import ServeSettings
 
 
-def make(batch: int, queue: int = 100_000):
+def make(batch: int, queue: int = 100_000) -> AnswerService:
     torch.manual_seed(0)
     processor = VReflectionProcessor.from_pretrained(base_dir())
     ids = processor.token_ids
@@ -27,22 +26,16 @@ def make(batch: int, queue: int = 100_000):
     model = VReflectionForConditionalGeneration.from_base(base, "stage1", lvr_end_id=ids.lvr_end, **names).eval()
     model.generation_config.eos_token_id = None
     settings = ServeSettings(name="m", batch_size=batch, max_queue=queue, max_length=256)
-    return create_app(make_service(model, processor, settings), settings)
+    return make_service(model, processor, settings)
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    config = uvicorn.Config(make(int(sys.argv[1])), host="127.0.0.1", port=0, log_level="error", access_log=False)
-    server = uvicorn.Server(config)
+    service = make(int(sys.argv[1]))
+    app = create_app(service, service.settings)
+    server = Server(app, service, service.settings, lambda port: print(port, flush=True))
     signal.signal(signal.SIGTERM, lambda *_: None)  # handed on after the server has drained
-
-    def announce():
-        while not server.started:
-            time.sleep(0.01)
-        print(server.servers[0].sockets[0].getsockname()[1], flush=True)
-
-    threading.Thread(target=announce, daemon=True).start()
-    server.run()
+    server.run(sockets=[bind("127.0.0.1", 0)])
 
 
 if __name__ == "__main__":

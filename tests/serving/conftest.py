@@ -18,6 +18,7 @@ pytest.importorskip("fastapi", reason="vreflection[serve] is not installed")
 from vreflection.model.modeling import VReflectionForConditionalGeneration
 from vreflection.model.processor import VReflectionProcessor
 from vreflection.serving.app import create_app, make_service
+from vreflection.serving.server import Server, bind
 from vreflection.serving.settings import ServeSettings
 
 
@@ -37,13 +38,8 @@ def user(text="which?", *images):
 @contextlib.contextmanager
 def running(app, service):
     """Serve an application until the block ends."""
-    import uvicorn
-
-    config = uvicorn.Config(
-        app, host="127.0.0.1", port=0, log_level="error", access_log=False, timeout_graceful_shutdown=5
-    )
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, daemon=True)
+    server = Server(app, service, service.settings, lambda port: None)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [bind("127.0.0.1", 0)]}, daemon=True)
     thread.start()
     deadline = time.monotonic() + 30
     while not server.started:

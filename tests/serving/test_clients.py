@@ -190,7 +190,9 @@ def test_default_bodies_are_answered(small, tools, name):
 def prompt_of(server, messages):
     from vreflection.serving.conversation import read_messages
 
-    return server.service.prompts.prompt(read_messages(messages))
+    prompts, conversation = server.service.prompts, read_messages(messages)
+    pictures = [prompts.pictures.decode(prompts.pictures.read(image)) for image in prompts.check(conversation)]
+    return prompts.prompt(conversation, pictures)
 
 
 def prompt_text(server, messages):
@@ -316,7 +318,8 @@ def test_our_own_answers_can_be_sent_back(server, tools):
         (["a"], "0", "got text"),
         (part("ok \ud83d"), "0.content", "got half of a surrogate pair ('\\ud83d') at character 3"),
         (part([text("\udc00")], 1), "1.content.0.text", "got half of a surrogate pair"),
-        (part("a <|endoftext|> b", 1), "0", "got special tokens ['<|endoftext|>']"),
+        (part("a <|endoftext|> b", 1), "1", "got special tokens ['<|endoftext|>']"),
+        (part([text("<|endof"), text("text|>")], 2), "2", "got special tokens ['<|endoftext|>']"),
         ([{"role": "system", "content": "<|lvr|>"}], "0", "got special tokens ['<|lvr|>']"),
     ],
 )  # fmt: skip

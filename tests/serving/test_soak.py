@@ -142,7 +142,11 @@ def test_killed_and_started_again(checkpoint, tools):
     [
         (["--model", "nowhere"], "expected a checkpoint folder"),
         (["--port", "70000"], "port: expected 0 to 65535"),
-        (["--api-key-file", "nowhere"], "api_key_file: expected a readable file"),
+        (["--api-key-file", "nowhere"], "api_key_file: expected a readable text file"),
+        (["--device", "cuda:7"], "device: this machine and this PyTorch offer cpu"),
+        (["--max-length", "10000000"], "positions, got 10000000; choose at most as many"),
+        (["--host", "192.0.2.7"], "host: expected an address of this machine"),
+        (["--model", "no-such-owner/no-such-model"], "model: expected a checkpoint folder or a hub id"),
         (["--dtype", "int4"], "dtype: expected one of"),
         (["--device", "tpu9"], "device: expected such as cpu"),
     ],
@@ -155,3 +159,30 @@ def test_bad_flags(checkpoint, monkeypatch, capsys, flags, message):
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_start_up_errors_come_before_the_model(checkpoint, tmp_path, monkeypatch, command_line):
+    """One sentence and exit code 2; nothing is loaded for a port in use or a key that is none."""
+    from vreflection.serving import launch
+
+    monkeypatch.setattr(launch, "load_served", lambda *_: pytest.fail("the model was loaded first"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        ended = command_line("serve", "--model", checkpoint, "--port", taken.getsockname()[1])
+    assert ended.returncode == 2 and "is in use; choose another with --port" in ended.stderr
+    for content, message in {
+        b"\xff\xfe\x00k": "expected a readable text file",
+        b"a\nb": "one line of printable",
+    }.items():
+        (tmp_path / "key").write_bytes(content)
+        ended = command_line("serve", "--model", checkpoint, "--api-key-file", tmp_path / "key")
+        assert ended.returncode == 2 and message in ended.stderr and "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("content", [b"secret\n", b"\xef\xbb\xbfsecret", b"  secret \r\n"])
+def test_blanks_and_a_byte_order_mark_around_a_key(tmp_path, monkeypatch, content):
+    from vreflection.cli.serve import api_key
+
+    (tmp_path / "key").write_bytes(content)
+    assert api_key(tmp_path / "key") == "secret"
+    monkeypatch.setenv("VREFLECTION_API_KEY", " secret\n")
+    assert api_key(None) == "secret"

@@ -7,6 +7,11 @@ from __future__ import annotations
 
 import sys
 
+HELP = """Latent visual reasoning: train, decode, evaluate, look and serve.
+
+Exit codes: 0 done, 1 failed or interrupted (what was finished is kept), 2 bad input.
+"""
+
 
 def main() -> None:
     """Entry point."""
@@ -15,7 +20,10 @@ def main() -> None:
     from ..errors import CheckpointError, ConfigError, DataError, TrainingError
     from . import ablate, bench, convert, data, eval, info, quickstart, serve, train, visualize
 
-    app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+    # Without markup: square brackets in help texts, as of extras and defaults, are no tags.
+    app = typer.Typer(
+        no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, help=HELP
+    )
     app.command("quickstart")(quickstart.command)
     app.command("train")(train.command)
     app.command("convert")(convert.command)

@@ -8,7 +8,9 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, help="Read what `pytest bench/ --benchmark-json=FILE` wrote.")
+app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Read what `pytest bench/ --benchmark-json=FILE` wrote."
+)
 
 
 @app.command("report")

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, help="Check and convert training data.")
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Check and convert training data.")
 
 
 @app.command("check")

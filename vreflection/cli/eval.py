@@ -15,7 +15,11 @@ from . import eval_score
 if TYPE_CHECKING:
     from ..evaluation.run import EvalReport
 
-app = typer.Typer(invoke_without_command=True, help="Answer benchmarks with a model; score and compare what it said.")
+app = typer.Typer(
+    invoke_without_command=True,
+    rich_markup_mode=None,
+    help="Answer benchmarks with a model; score and compare what it said.",
+)
 app.command("score")(eval_score.score)
 app.command("compare")(eval_score.compare)
 

@@ -86,10 +86,14 @@ def decode_image(
     data: bytes, name: str, max_pixels: int = MAX_IMAGE_PIXELS, *, view: ImageView = "stored"
 ) -> Image.Image:
     """`open_image` for the bytes of an image. `name` is for messages."""
-    if not data:
-        raise DataError("image-empty", f"expected an image in {name}, got 0 bytes; send or download it again")
-    with _decoding(BytesIO(data), name, max_pixels) as image:
+    with _opened_bytes(data, name, max_pixels) as image:
         return to_rgb(image, view)
+
+
+def header_of_bytes(data: bytes, name: str, max_pixels: int = MAX_IMAGE_PIXELS) -> ImageHeader:
+    """`image_header` for the bytes of an image. `name` is for messages."""
+    with _opened_bytes(data, name, max_pixels) as image:
+        return ImageHeader(stored_size(image), orientation(image))
 
 
 def image_header(path: str | Path, max_pixels: int = MAX_IMAGE_PIXELS) -> ImageHeader:
@@ -115,6 +119,14 @@ def _opened(path: Path, max_pixels: int) -> Iterator[Image.Image]:
     if path.stat().st_size == 0:
         raise DataError("image-empty", f"expected an image at {path}, got a file of 0 bytes; download it again")
     with _decoding(path, str(path), max_pixels) as image:
+        yield image
+
+
+@contextmanager
+def _opened_bytes(data: bytes, name: str, max_pixels: int) -> Iterator[Image.Image]:
+    if not data:
+        raise DataError("image-empty", f"expected an image in {name}, got 0 bytes; send or download it again")
+    with _decoding(BytesIO(data), name, max_pixels) as image:
         yield image
 
 

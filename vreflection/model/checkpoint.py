@@ -178,7 +178,13 @@ def local_folder(path: str | os.PathLike, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
-    return Path(snapshot_download(str(path), revision=revision, allow_patterns=patterns))
+    try:
+        return Path(snapshot_download(str(path), revision=revision, allow_patterns=patterns))
+    except (OSError, ValueError) as error:  # unreachable, unknown, not allowed, or no hub id at all
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"model: expected a checkpoint folder or a hub id that can be downloaded, got {str(path)!r} ({reason})"
+        ) from None
 
 
 def read_json(file: Path) -> dict:

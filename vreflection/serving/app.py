@@ -9,7 +9,6 @@ import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from functools import partial
 from importlib import resources
 from typing import Any
 
@@ -43,7 +42,7 @@ TYPES = {"html": "text/html; charset=utf-8", "js": "text/javascript; charset=utf
 # Pictures of the page that may be decoded or wait; in a thread of their own, so that answers do not wait for them.
 MAX_PREVIEWS = 4
 # Values of a body: each takes up a hundred bytes once it is read, and is looked at one by one.
-MAX_VALUES = 2**20
+MAX_VALUES = 2**18
 CSP = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -69,13 +68,12 @@ def create_app(
             yield
         finally:
             await asyncio.get_running_loop().run_in_executor(None, worker.stop)
-            service.readers.shutdown(wait=False, cancel_futures=True)
+            service.lanes.shutdown()
             painter.shutdown(wait=False, cancel_futures=True)
 
     app = FastAPI(title="vreflection", version=__version__, lifespan=life, docs_url=None, redoc_url=None)
     app.state.metrics, app.state.service = metrics, service
     created = int(time.time())
-    get = partial(app.api_route, methods=["GET", "HEAD"])
 
     @app.exception_handler(ApiError)
     async def api_error(_: Request, error: ApiError) -> Response:
@@ -83,19 +81,19 @@ def create_app(
 
     @app.exception_handler(HTTPException)
     async def http_error(_: Request, error: HTTPException) -> Response:
-        found = ApiError(error.status_code, str(error.detail), code=str(error.detail).lower().replace(" ", "_"))
-        return JSONResponse(found.body(), error.status_code, error.headers)
+        shown = ApiError(error.status_code, str(error.detail), code=str(error.detail).lower().replace(" ", "_"))
+        return JSONResponse(shown.body(), error.status_code, error.headers)
 
     @app.exception_handler(Exception)
     async def failure(_: Request, error: Exception) -> Response:
-        return JSONResponse(ApiError(500, "the server failed; its log says how", code="internal").body(), 500)
+        return JSONResponse(internal_error().body(), 500)
 
-    @get("/health")
+    @app.get("/health")
     async def health() -> Response:
         state = "ok" if worker.healthy else "failing"
         return JSONResponse({"status": state, "version": __version__}, 200 if worker.healthy else 503)
 
-    @get("/metrics")
+    @app.get("/metrics")
     async def prometheus() -> Response:
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
@@ -104,11 +102,11 @@ def create_app(
         limits = {"max_model_len": settings.max_length, "max_tokens": settings.max_tokens}
         return {**card, **limits, "stage": service.config.stage, "latent_steps": service.trained_steps}
 
-    @get("/v1/models")
+    @app.get("/v1/models")
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [model_card()]}
 
-    @get("/v1/models/{name:path}")
+    @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
         if name != settings.name:
             raise ApiError(
@@ -116,7 +114,7 @@ def create_app(
             )
         return model_card()
 
-    @get("/examples")
+    @app.get("/examples")
     async def page_examples() -> dict[str, Any]:
         shown = {"maps": service.maps is not None, "spans": settings.spans}
         return {"examples": examples or [], "model": model_card(), **shown}
@@ -143,19 +141,19 @@ def create_app(
 
     async def answer(request: Request, interface: type[Interface]) -> Response:
         began = time.monotonic()
-        asking = interface(await body_of(request))
-        count = service.reserve(asking.request)
+        exchange = interface(await body_of(request))
+        count = service.reserve(exchange.request)
         job: Job | None = None
         try:
-            job = await service.prepare(asking.request)
+            job = await service.prepare(exchange.request)
             if settings.log_prompts:
-                logger.info("%s: %s", job.ident, asking.request.summary())
-            service.start(job, asking.stream)
-            if asking.stream:
-                events = closing(asking, service, job, count, metrics, began)
-                count = 0  # given back when the stream ends
+                logger.info("%s: %s", job.ident, exchange.request.summary())
+            service.start(job, exchange.stream)
+            if exchange.stream:
+                events = closing(exchange, service, job, count, metrics, began)
+                count = 0  # released when the stream ends
                 return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-            whole = await unless_gone(request, asking.whole(service, job))
+            whole = await unless_gone(request, exchange.whole(service, job))
             if whole is None:
                 return Response(status_code=CLIENT_GONE)
             count_answer(metrics, job, began)
@@ -175,7 +173,7 @@ def create_app(
     for path, interface in INTERFACES.items():
         app.add_api_route(path, answering(interface), methods=["POST"])
 
-    @get("/v1/responses/{ident}")
+    @app.get("/v1/responses/{ident}")
     async def stored_response(ident: str) -> Response:
         raise ApiError(
             404, f"expected no request for {ident[:80]!r}, as responses are not stored here; send the whole "
@@ -183,8 +181,13 @@ def create_app(
         )  # fmt: skip
 
     for path, name in PAGE.items():
-        app.add_api_route(path, page_file(name), methods=["GET", "HEAD"], include_in_schema=False)
-    app.add_middleware(Guards, settings=settings, open_paths=lambda path: path in OPEN_PATHS or path in PAGE)
+        app.add_api_route(path, page_file(name), methods=["GET"], include_in_schema=False)
+    app.add_middleware(
+        Guards,
+        settings=settings,
+        open_paths=lambda path: path in OPEN_PATHS or path in PAGE,
+        full=lambda path: service.full() if path in INTERFACES else None,
+    )
     app.add_middleware(Envelope, metrics=metrics, counts=INTERFACES.__contains__)
     return app
 
@@ -226,20 +229,24 @@ async def unless_gone(request: Request, work) -> Any:
 
 
 async def closing(
-    asking: Interface, service: AnswerService, job: Job, count: int, metrics: Metrics, began: float
+    exchange: Interface, service: AnswerService, job: Job, count: int, metrics: Metrics, began: float
 ) -> AsyncIterator[bytes]:
     """An answer as server-sent events; whatever ends it frees its rows and its place."""
     whole = failed = False
     try:
         try:
-            async for event in asking.events(service, job):
-                yield asking.frame(event)
+            async for event in exchange.events(service, job):
+                yield exchange.frame(event)
         except ApiError as error:
             failed = True
-            yield asking.frame(asking.failure(error))
+            yield exchange.frame(exchange.failure(error))
+        except Exception:
+            failed = True
+            logger.exception("a stream failed")
+            yield exchange.frame(exchange.failure(internal_error()))
         whole = True
-        if asking.ending:
-            yield asking.ending
+        if exchange.ending:
+            yield exchange.ending
     finally:
         service.cancel(job)
         service.release(count)
@@ -247,6 +254,10 @@ async def closing(
             metrics.disconnected.inc()
         elif not failed:
             count_answer(metrics, job, began)
+
+
+def internal_error() -> ApiError:
+    return ApiError(500, "the server failed; its log says how", code="internal")
 
 
 def count_answer(metrics: Metrics, job: Job, began: float) -> None:

@@ -28,11 +28,19 @@ class ImageReference:
 
 @dataclass
 class Turn:
-    """Consecutive messages of one role. `place`: of the first of them in the request."""
+    """Consecutive messages of one role. `places`: for each part, where the message stands that it belongs to."""
 
     role: Role
     parts: list[str | ImageReference]
-    place: str
+    places: list[str]
+
+    def texts(self) -> dict[str, str]:
+        """Each message's text by its place."""
+        texts: dict[str, list[str]] = {}
+        for part, place in zip(self.parts, self.places):
+            if isinstance(part, str):
+                texts.setdefault(place, []).append(part)
+        return {place: "".join(parts) for place, parts in texts.items()}
 
 
 @dataclass
@@ -48,9 +56,11 @@ class Conversation:
     def add(self, role: Role, parts: Sequence[str | ImageReference], place: str) -> None:
         """One more message; it joins the turn before it, on a new line, if both have one role."""
         if self.turns and self.turns[-1].role == role:
-            self.turns[-1].parts += ["\n", *parts]
+            parts = ["\n", *parts]
         else:
-            self.turns.append(Turn(role, list(parts), place))
+            self.turns.append(Turn(role, [], []))
+        self.turns[-1].parts += parts
+        self.turns[-1].places += [place] * len(parts)
 
     def images(self) -> Iterator[ImageReference]:
         for turn in self.turns:

@@ -38,6 +38,10 @@ def bad(message: str, param: str | None = None, code: str | None = None) -> ApiE
     return ApiError(400, message, param=param, code=code)
 
 
+def stopping() -> ApiError:
+    return ApiError(503, "the server is stopping; send the request to it again later", code="stopping")
+
+
 def overloaded(waiting: int, seconds: int) -> ApiError:
     return ApiError(
         429,

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 
 from ..engine.requests import Generation, Prompt
-from ..errors import ConfigError
+from ..errors import CheckpointError, ConfigError
+from ..model.checkpoint import read_json
 from ..model.modeling import VReflectionForConditionalGeneration
 from ..model.processor import VReflectionProcessor
 from ..model.weight_files import DTYPES
 from .schema import Box
 from .service import Maps
+from .settings import ServeSettings
 
 logger = logging.getLogger(__name__)
 
@@ -26,18 +28,69 @@ def load_served(folder: Path, dtype: str | None, device: str | None):
     Raises:
         ConfigError: an unknown dtype or device. CheckpointError: nothing usable there.
     """
-    if dtype is not None and dtype not in DTYPES:
-        raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
-    try:
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise ConfigError(f"device: expected such as cpu or cuda:0, got {device!r} ({error})") from None
+    check_dtype(dtype)
+    place = usable_device(device)
     chosen = "auto" if dtype is None else DTYPES[dtype][1]
     if dtype is None and place.type == "cpu":
         chosen = torch.float32  # what CPUs compute fastest here
     model = VReflectionForConditionalGeneration.from_pretrained(folder, dtype=chosen).eval().to(place)
     processor = VReflectionProcessor.from_pretrained(folder, None, None)
     return model, processor, answer_maps(model)
+
+
+def check_dtype(dtype: str | None) -> None:
+    if dtype is not None and dtype not in DTYPES:
+        raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+
+
+def usable_device(name: str | None) -> torch.device:
+    """A device of this machine; None takes a GPU if there is one.
+
+    Raises:
+        ConfigError: no device of that name here.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise ConfigError(f"device: expected such as cpu or cuda:0, got {name!r}") from None
+    count = torch.cuda.device_count()
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device: expected cpu or cuda, got {name!r}")
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= count):
+        usable = ", ".join(["cpu", *(f"cuda:{index}" for index in range(count if torch.cuda.is_available() else 0))])
+        raise ConfigError(f"device: this machine and this PyTorch offer {usable}, got {name!r}")
+    return device
+
+
+def check_served(folder: Path, settings: ServeSettings, dtype: str | None, device: str | None) -> None:
+    """What can be said before weights are loaded.
+
+    Raises:
+        ConfigError: an unknown dtype or device, or more tokens than the checkpoint has positions.
+        CheckpointError: no usable configuration there.
+    """
+    check_dtype(dtype)
+    usable_device(device)
+    positions = positions_of(folder)
+    if positions is not None and settings.max_length > positions:
+        raise ConfigError(
+            f"max_length: this checkpoint has {positions} positions, got {settings.max_length}; choose at most as many"
+        )
+
+
+def positions_of(folder: Path) -> int | None:
+    """Positions that a checkpoint's configuration names.
+
+    Raises:
+        CheckpointError: no usable configuration there.
+    """
+    file = folder / "config.json"
+    if not file.is_file():
+        raise CheckpointError(f"{folder}: expected config.json, found none")
+    values = read_json(file)
+    text = values.get("text_config")
+    positions = (text if isinstance(text, dict) else values).get("max_position_embeddings")
+    return positions if isinstance(positions, int) else None
 
 
 def answer_maps(model: VReflectionForConditionalGeneration) -> Maps | None:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from ..data import images
 from ..errors import DataError
-from .errors import bad
+from .errors import ApiError, bad
 from .remote_images import fetch
 from .settings import ServeSettings
 
@@ -48,7 +48,24 @@ def decode_image(content: bytes, settings: ServeSettings, param: str) -> Image.I
     try:
         return images.decode_image(content, param, settings.max_pixels, view="shown")
     except DataError as error:
-        raise bad(f"not a usable image ({error.reason}): {error.message}", param, "invalid_image") from None
+        raise not_usable(error, param) from None
+
+
+def announced_pixels(content: bytes, settings: ServeSettings, param: str) -> int:
+    """Width times height by an image's head alone.
+
+    Raises:
+        ApiError: no usable image, as far as its head says.
+    """
+    try:
+        width, height = images.header_of_bytes(content, param, settings.max_pixels).stored_size
+    except DataError as error:
+        raise not_usable(error, param) from None
+    return width * height
+
+
+def not_usable(error: DataError, param: str) -> ApiError:
+    return bad(f"not a usable image ({error.reason}): {error.message}", param, "invalid_image")
 
 
 def data_bytes(url: str, param: str) -> bytes:

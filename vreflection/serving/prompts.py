@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from PIL import Image
@@ -17,7 +17,7 @@ from ..engine.requests import Prompt
 from ..errors import DataError
 from .conversation import Conversation, ImageReference, Turn
 from .errors import ApiError, bad
-from .media import decode_image, image_bytes
+from .media import announced_pixels, decode_image, image_bytes
 from .settings import ServeSettings
 
 # Longest side (px) of an image with detail "low", as in OpenAI's interface.
@@ -25,6 +25,8 @@ LOW_DETAIL_SIDE = 512
 # A text's UTF-8 can shrink to a third when a tokenizer composes its characters (three letters of Hangul to a syllable).
 COMPOSED = 3
 
+# A key, and `process_images` of an image.
+Picture = tuple[str, dict[str, torch.Tensor]]
 # A conversation, a text to go on with, or its token ids.
 PromptSource = Conversation | str | list[int]
 
@@ -46,49 +48,63 @@ class PromptMaker:
         }  # fmt: skip
         self.vocabulary = len(processor.tokenizer)
 
-    def prompt(self, source: PromptSource) -> Prompt:
-        """Tokens and pixels.
+    def check(self, source: PromptSource) -> list[ImageReference]:
+        """What can be refused before any image is opened; the images in order.
 
         Raises:
-            ApiError: too long, special tokens in a text, or an image that cannot be used.
+            ApiError: too long, too many images, or special tokens in a text.
+        """
+        if isinstance(source, str):
+            self.check_length([source], "prompt")
+            self.check_reserved(source, "prompt")
+        if not isinstance(source, Conversation):
+            return []
+        self.check_length(source.texts(), source.name)
+        for turn in source.turns:
+            for place, text in turn.texts().items():  # joined by newlines, which no special token holds
+                self.check_reserved(text, place)
+        references, most = list(source.images()), self.settings.max_images
+        if len(references) > most:
+            raise bad(f"{source.name}: expected at most {most} images, got {len(references)}", source.name)
+        return references
+
+    def prompt(self, source: PromptSource, pictures: Sequence[Picture] = ()) -> Prompt:
+        """Tokens and pixels of a source that `check` accepts.
+
+        Args:
+            pictures: of its images, in order.
+
+        Raises:
+            ApiError: too long.
         """
         if isinstance(source, Conversation):
-            return self.of_conversation(source)
-        return self.of_text(source) if isinstance(source, str) else self.of_ids(source)
+            return self.of_conversation(source, pictures)
+        return self.of_ids(self.processor.encode_text(source) if isinstance(source, str) else source)
 
     def check_length(self, texts: Iterable[str], name: str) -> None:
         """Refuse texts whose bytes alone say that their tokens are too many, before they are tokenised."""
-        size = sum(len(text.encode()) for text in texts)
-        least = size // (COMPOSED * self.longest_token)
+        texts = list(texts)
+        sizes = [len(text) if text.isascii() else len(text.encode()) for text in texts]
+        # Only what is not ASCII can be composed.
+        shortest = sum(size if text.isascii() else size // COMPOSED for text, size in zip(texts, sizes))
+        least = shortest // self.longest_token
         if least > self.settings.max_length:
-            raise too_long(name, self.settings.max_length, f"{size} bytes of text, which are at least {least}")
+            raise too_long(name, self.settings.max_length, f"{sum(sizes)} bytes of text, which are at least {least}")
 
-    def of_conversation(self, conversation: Conversation) -> Prompt:
+    def of_conversation(self, conversation: Conversation, pictures: Sequence[Picture]) -> Prompt:
         name, limit = conversation.name, self.settings.max_length
-        self.check_length(conversation.texts(), name)
-        for turn in conversation.turns:
-            self.check_reserved("".join(part for part in turn.parts if isinstance(part, str)), turn.place)
-        references = list(conversation.images())
-        if len(references) > self.settings.max_images:
-            raise bad(f"{name}: expected at most {self.settings.max_images} images, got {len(references)}", name)
-        pictures = [self.pictures.of(reference) for reference in references]
         turns, system = list(conversation.turns), SYSTEM_PROMPT
         if turns and turns[0].role == "system":
             system = "".join(part for part in turns.pop(0).parts if isinstance(part, str))
         try:
             encoded = encode_chat(
-                [chat_turn(turn) for turn in turns], self.processor, [image for _, image in pictures],
+                [chat_turn(turn) for turn in turns], self.processor, [patches for _, patches in pictures],
                 system=system, max_length=limit,
             )  # fmt: skip
         except DataError as error:
             code = {"too-long": "context_length_exceeded"}.get(error.reason, error.reason)
             raise bad(f"{name}: {error.message}", name, code) from None
         return replace(Prompt.of(encoded), image_keys=tuple(key for key, _ in pictures) if pictures else None)
-
-    def of_text(self, text: str) -> Prompt:
-        self.check_length([text], "prompt")
-        self.check_reserved(text, "prompt")
-        return self.of_ids(self.processor.encode_text(text))
 
     def of_ids(self, ids: list[int]) -> Prompt:
         if not ids:
@@ -122,6 +138,16 @@ def chat_turn(turn: Turn) -> ChatTurn:
     return ChatTurn(turn.role, [part if isinstance(part, str) else None for part in turn.parts])
 
 
+@dataclass(frozen=True)
+class ImageContent:
+    """An image's bytes. `key`: of bytes and detail. `pixels`: as its head announces them."""
+
+    reference: ImageReference
+    content: bytes
+    key: str
+    pixels: int
+
+
 class Pictures:
     """Images as patches, the last ones kept: conversations and comparisons send the same image again and again."""
 
@@ -131,20 +157,39 @@ class Pictures:
         self.kept: OrderedDict[str, dict[str, torch.Tensor]] = OrderedDict()
         self.kept_bytes = 0
 
-    def of(self, reference: ImageReference) -> tuple[str, dict[str, torch.Tensor]]:
+    @staticmethod
+    def is_remote(reference: ImageReference) -> bool:
+        return reference.url[:5].lower() != "data:"
+
+    def read(self, reference: ImageReference) -> ImageContent:
+        """An image's bytes, and how much work they are.
+
+        Raises:
+            ApiError: nothing there, or an image that its head alone disqualifies.
+        """
+        content = image_bytes(reference.url, self.settings, reference.place)
+        key = hashlib.blake2b(content, digest_size=16).hexdigest() + ("-low" if reference.detail == "low" else "")
+        return ImageContent(reference, content, key, announced_pixels(content, self.settings, reference.place))
+
+    def known(self, content: ImageContent) -> Picture | None:
+        """What was made of the same bytes before."""
+        with self.lock:
+            if content.key not in self.kept:
+                return None
+            self.kept.move_to_end(content.key)
+            return content.key, self.kept[content.key]
+
+    def decode(self, content: ImageContent) -> Picture:
         """A key of the image's bytes and detail, and `process_images` of it.
 
         Raises:
-            ApiError: nothing usable there.
+            ApiError: not a usable image.
         """
-        content = image_bytes(reference.url, self.settings, reference.place)
-        low = reference.detail == "low"
-        key = hashlib.blake2b(content, digest_size=16).hexdigest() + ("-low" if low else "")
-        with self.lock:
-            if key in self.kept:
-                self.kept.move_to_end(key)
-                return key, self.kept[key]
-        image = decode_image(content, self.settings, reference.place)
+        known = self.known(content)
+        if known is not None:
+            return known
+        reference, key, low = content.reference, content.key, content.reference.detail == "low"
+        image = decode_image(content.content, self.settings, reference.place)
         try:
             patches = self.processor.process_images([low_detail(image) if low else image])
         except DataError as error:

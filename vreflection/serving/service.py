@@ -19,14 +19,14 @@ from ..engine.grammar import Grammar, Grammars
 from ..engine.requests import Emitted, Generation, Prompt, Request
 from ..errors import ConfigError
 from .answer_request import AnswerRequest, ResponseFormat
-from .errors import ApiError, bad, overloaded
+from .errors import ApiError, bad, overloaded, stopping
 from .latent_settings import LatentSettings, packed
 from .logprobs import TokenLogprobs
-from .prompts import PromptMaker
+from .prompts import Picture, PromptMaker
 from .schema import Box, GenerationFields, LatentField
 from .settings import ServeSettings
 from .text_stream import TextStream
-from .worker import Worker
+from .worker import Stopped, Worker
 
 FINISH = {"eos": "stop", "max_new_tokens": "length", "max_length": "length"}
 LEAST_TOP_P = 1e-6  # what 0 means: the likeliest token alone
@@ -91,6 +91,20 @@ class Job:
     first: float | None = None
 
 
+class Lanes:
+    """Threads that read requests, apart by how long a request may keep them."""
+
+    def __init__(self):
+        self.texts = ThreadPoolExecutor(2, thread_name_prefix="texts")
+        self.images = ThreadPoolExecutor(2, thread_name_prefix="images")
+        self.large = ThreadPoolExecutor(1, thread_name_prefix="large-images")
+        self.remote = ThreadPoolExecutor(16, thread_name_prefix="remote-images")
+
+    def shutdown(self) -> None:
+        for lane in (self.texts, self.images, self.large, self.remote):
+            lane.shutdown(wait=False, cancel_futures=True)
+
+
 class AnswerService:
     """Answers requests on one decoder.
 
@@ -103,7 +117,7 @@ class AnswerService:
         self.worker, self.processor, self.settings, self.maps = worker, processor, settings, maps
         self.decoder = worker.decoder
         self.config = self.decoder.model.config
-        self.in_work = 0
+        self.in_work, self.stopping = 0, False
         self.prompts = PromptMaker(processor, settings)
         self.latent = LatentSettings(settings, self.trained_steps, self.config.hidden_width, maps is not None)
         self.token_logprobs = TokenLogprobs(processor.tokenizer)
@@ -111,7 +125,7 @@ class AnswerService:
         self.grammar_lock = threading.Lock()
         # Clients choose the steps; the log is not theirs. Set once: the filters belong to all threads.
         warnings.filterwarnings("ignore", message="decoding with .* latent steps")
-        self.readers = ThreadPoolExecutor(2, thread_name_prefix="images")
+        self.lanes = Lanes()
 
     @property
     def trained_steps(self) -> int:
@@ -128,7 +142,7 @@ class AnswerService:
         """Room for a request's answers, whose number is returned.
 
         Raises:
-            ApiError: 400 if there can never be room for as many, 429 if there is none now.
+            ApiError: 400 if there can never be room for as many, 429 if there is none now, 503 while stopping.
         """
         count, limit = request.answers, self.settings.max_choices
         name = "n" if len(request.prompts) == 1 else "prompt"
@@ -140,31 +154,59 @@ class AnswerService:
                 f"{name}: expected at most {most} answers to a request, as this server decodes "
                 f"{self.settings.batch_size} at a time and lets {self.settings.max_queue} wait, got {count}", name,
             )  # fmt: skip
-        if self.in_work + count > most:
-            raise overloaded(self.in_work, 1 + self.in_work // (4 * self.settings.batch_size))
+        error = self.full(count)
+        if error is not None:
+            raise error
         self.in_work += count
         return count
+
+    def full(self, count: int = 1) -> ApiError | None:
+        """Why there is no room for `count` more answers now, or None."""
+        if self.stopping:
+            return stopping()
+        if self.in_work + count > self.settings.batch_size + self.settings.max_queue:
+            return overloaded(self.in_work, 1 + self.in_work // (4 * self.settings.batch_size))
+        return None
 
     def release(self, count: int) -> None:
         self.in_work -= count
 
     async def prepare(self, request: AnswerRequest) -> Job:
-        """Check a request, open its images, make its prompts; nothing is queued yet."""
-        return await asyncio.get_running_loop().run_in_executor(self.readers, self._prepare, request)
+        """Check a request, open its images, make its prompts; nothing is queued yet.
 
-    def _prepare(self, request: AnswerRequest) -> Job:
+        Texts, images, large images and remote images have lanes of their own: nobody waits for somebody else's picture.
+        """
+        run, lanes, prompts = asyncio.get_running_loop().run_in_executor, self.lanes, self.prompts
+        self.check_model(request)
+        pictures: list[list[Picture]] = []
+        for source in request.prompts:
+            references = await run(lanes.texts, prompts.check, source)
+            pictures.append([])
+            for reference in references:
+                lane = lanes.remote if prompts.pictures.is_remote(reference) else lanes.texts
+                content = await run(lane, prompts.pictures.read, reference)
+                lane = lanes.large if content.pixels > self.settings.large_pixels else lanes.images
+                picture = prompts.pictures.known(content)
+                pictures[-1].append(await run(lane, prompts.pictures.decode, content) if picture is None else picture)
+        return await run(lanes.texts, self._prepare, request, pictures)
+
+    def check_model(self, request: AnswerRequest) -> None:
         fields = request.fields
         if fields.model != self.settings.name:
             raise ApiError(
                 404, f"model: expected {self.settings.name!r}, got {fields.model[:80]!r}", param="model",
                 code="model_not_found",
             )  # fmt: skip
+
+    def _prepare(self, request: AnswerRequest, pictures: list[list[Picture]]) -> Job:
+        fields = request.fields
         latent = self.latent.resolved(fields.latent or LatentField())
         settings = self.sampling(fields) | latent | {"logprobs": request.logprobs}
         stops = self.stops(fields)
         if request.response_format is not None:
             settings["grammar"] = self.grammar(request.response_format, fields)
-        job = Job(uuid.uuid4().hex, int(time.time()), request, [self.prompts.prompt(p) for p in request.prompts])
+        prompts = [self.prompts.prompt(source, images) for source, images in zip(request.prompts, pictures)]
+        job = Job(uuid.uuid4().hex, int(time.time()), request, prompts)
         seed = fields.seed if fields.seed is not None else int(torch.randint(2**62, ()))
         for prompt in job.prompts:
             tokens = self.tokens(request, prompt, latent["latent_steps"])
@@ -267,9 +309,12 @@ class AnswerService:
         loop = asyncio.get_running_loop()
         for choice in job.choices:
             put = choice.queue.put_nowait
-            choice.ticket = self.worker.submit(
-                choice.request, lambda event, put=put: loop.call_soon_threadsafe(put, event), stream
-            )
+            try:
+                choice.ticket = self.worker.submit(
+                    choice.request, lambda event, put=put: loop.call_soon_threadsafe(put, event), stream
+                )
+            except Stopped:
+                raise stopping() from None
 
     def cancel(self, job: Job) -> None:
         for choice in job.choices:
@@ -334,7 +379,7 @@ class AnswerService:
         if ended.finish_reason == "error":
             raise ApiError(500, "decoding failed; the request can be sent again", code="decoding_failed")
         if ended.finish_reason == "cancelled":
-            raise ApiError(503, "the server is stopping; send the request to it again later", code="stopping")
+            raise stopping()
         return FINISH[ended.finish_reason or "eos"]
 
     async def details(self, job: Job, choice: Choice, so_far: bool = False) -> dict[str, Any] | None:
@@ -371,7 +416,10 @@ class AnswerService:
                 details["maps"] = self.maps(seen, answer, boxes, first)
             return details
 
-        details = await asyncio.wrap_future(self.worker.call(make))
+        try:
+            details = await asyncio.wrap_future(self.worker.call(make))
+        except Stopped:
+            raise stopping() from None
         if so_far and details is not None:
             choice.sent_spans = details["spans"]
         return details
@@ -382,7 +430,7 @@ class AnswerService:
         if row is None:
             return None
         answer = replace(row.answer, tokens=list(row.answer.tokens), latent=list(row.answer.latent))
-        replace(row, answer=answer).collect()
+        replace(row, answer=answer).collect(self.config.probe_offset)
         return answer
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..errors import ConfigError
-
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+from .addresses import is_loopback
 
 
 @dataclass(frozen=True)
@@ -18,12 +17,18 @@ class ServeSettings:
         api_key: what clients must send as a bearer token; `None` asks for nothing.
         batch_size: answers decoded together. max_queue: answers that may wait beyond those.
         max_length: tokens of prompt and answer, latents included. default_tokens, max_tokens: of an answer.
-        max_body: bytes of a request. max_images: per request. max_pixels: per image, before it is resized.
+        allowed_hosts: further names that requests may give as their host, as behind a proxy.
+        max_body: bytes of a request. max_buffered: bytes of all requests under way. max_images: per request.
+        max_pixels: per image, before it is resized. large_pixels: images of more are read one at a time, so that the
+            others need not wait for them.
         image_cache: bytes of images kept as patches. max_choices: `n` of a request. max_stops: stop texts of a request.
         spans: latent spans that an answer has room for beside its tokens, and that a request may say something about.
         other_latent_steps: allow numbers of latent steps the checkpoint was not trained with, up to `max_latent_steps`.
         remote_images: fetch http(s) image addresses; private and loopback targets and redirects never.
-        fetch_seconds: for one of them. drain_seconds: for running answers when told to stop.
+        fetch_seconds: for one of them, from its name to its last byte.
+        header_seconds: for a request's head. body_seconds: for its body, and a second more per `BODY_RATE` bytes.
+        idle_seconds: between two requests of a connection. write_seconds: for a client that does not read.
+        max_connections: open at a time. drain_seconds: for running answers when told to stop.
         log_prompts: put prompts and answers into the log.
     """
 
@@ -36,9 +41,12 @@ class ServeSettings:
     max_length: int = 8192
     default_tokens: int = 512
     max_tokens: int = 2048
+    allowed_hosts: tuple[str, ...] = ()
     max_body: int = 64 * 2**20
+    max_buffered: int = 2**30
     max_images: int = 8
     max_pixels: int = 40_000_000
+    large_pixels: int = 4_000_000
     image_cache: int = 256 * 2**20
     max_choices: int = 8
     max_stops: int = 4
@@ -47,6 +55,11 @@ class ServeSettings:
     max_latent_steps: int = 64
     remote_images: bool = False
     fetch_seconds: float = 10.0
+    header_seconds: float = 20.0
+    body_seconds: float = 30.0
+    idle_seconds: float = 30.0
+    write_seconds: float = 60.0
+    max_connections: int = 2048
     drain_seconds: float = 30.0
     log_prompts: bool = False
 
@@ -68,13 +81,23 @@ class ServeSettings:
                 raise ConfigError(f"{field}: expected at least 0, got {getattr(self, field)}")
         if not 0 <= self.port < 65536:
             raise ConfigError(f"port: expected 0 to 65535, got {self.port}")
-        if self.api_key is not None and not self.api_key.strip():
-            raise ConfigError("api_key: expected a key, got an empty text; leave it out to ask for none")
+        if self.api_key is not None:
+            check_key(self.api_key)
 
     @property
     def hosts(self) -> tuple[str, ...] | None:
-        """Host names requests may name; any unless the server listens on the loopback only.
+        """Host names that requests may give besides loopback addresses; None for any.
 
         A page of somebody else whose name is made to resolve to this machine names itself.
         """
-        return LOOPBACK if self.host in LOOPBACK else None
+        if is_loopback(self.host) or self.host.lower() == "localhost":
+            return ("localhost", *self.allowed_hosts)
+        return (self.host, *self.allowed_hosts) if self.allowed_hosts else None
+
+
+def check_key(key: str) -> None:
+    """Refuse a key that no client could send, or ConfigError."""
+    if not key:
+        raise ConfigError("api_key: expected a key, got an empty text; leave it out to ask for none")
+    if not key.isascii() or not key.isprintable() or " " in key:
+        raise ConfigError("api_key: expected one line of printable ASCII without blanks, as headers carry it")

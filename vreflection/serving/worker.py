@@ -20,6 +20,10 @@ LOOK_EVERY = 8  # steps between two looks of the host while nobody streams
 FAILURES = 5  # in a row, after which the server calls itself unhealthy
 
 
+class Stopped(RuntimeError):
+    """The worker takes nothing any more."""
+
+
 class Worker:
     """Runs a decoder in a thread of its own.
 
@@ -46,7 +50,7 @@ class Worker:
         """Queue a request. `sink` is called in this object's thread with everything it emits; quickly, please."""
         with self.changed:
             if self.stopping:
-                raise RuntimeError("this worker has stopped")
+                raise Stopped("this worker has stopped")
             ticket = self.decoder.submit(request)
             self.sinks[ticket] = (sink, stream)
             self.changed.notify()
@@ -64,7 +68,7 @@ class Worker:
         future: Future = Future()
         with self.changed:
             if self.stopping:
-                future.set_exception(RuntimeError("this worker has stopped"))
+                future.set_exception(Stopped("this worker has stopped"))
                 return future
             self.jobs.append((function, future))
             self.changed.notify()
@@ -93,7 +97,8 @@ class Worker:
                 self._do(function, future)
             self._step(1 if streams else LOOK_EVERY)
         for _, future in self.jobs:
-            future.cancel()
+            if future.set_running_or_notify_cancel():
+                future.set_exception(Stopped("this worker has stopped"))
 
     @staticmethod
     def _do(function: Callable[[], Any], future: Future) -> None:
