@@ -66,16 +66,22 @@ def break_weights(model, part):
 
 @pytest.mark.parametrize("part", ["layer", "head"])
 @pytest.mark.parametrize("step", ["auto", "torch", "model"])
-def test_weights_that_are_not_numbers_are_an_error(lab, part, step):
+def test_weights_that_are_not_numbers_are_said_and_counted(lab, part, step):
     model, prompts = lab.lively(), [lab.prompt(n) for n in range(2)]
     expected = tokens(make(model).generate(prompts, max_new_tokens=6))
     saved = {name: value.clone() for name, value in model.state_dict().items()}
     break_weights(model, part)
     decoder = make(model, step=step)
-    with pytest.raises(FloatingPointError, match="got NaN or infinity after 0 tokens.*check the weights"):
-        decoder.generate(prompts, max_new_tokens=6)
+    for run in (decoder.generate, lambda *a, **s: [event.generation for event in decoder.stream(*a, **s)]):
+        with pytest.warns(UserWarning, match="an answer was cut short: .*got NaN or infinity after 0 tokens.*check the weights"):
+            answers = run(prompts, max_new_tokens=6, return_latents=True)
+        assert [answer.finish_reason for answer in answers] == ["not_finite"] * 2
+        assert tokens(answers) == [[], []] and all(isinstance(a.error, FloatingPointError) for a in answers)
+    with pytest.warns(UserWarning, match="got NaN or infinity"):
+        output = model.generate(**prompts[0], max_new_tokens=6, return_dict_in_generate=True, return_latents=True)
+    assert torch.equal(output.sequences, prompts[0]["input_ids"])
     answers = serve(decoder, [decoder.submit(decoder.request(prompt, max_new_tokens=6)) for prompt in prompts])
-    assert [answer.finish_reason for answer in answers.values()] == ["error", "error"]
+    assert [answer.finish_reason for answer in answers.values()] == ["not_finite"] * 2
     model.load_state_dict(saved)
     assert tokens(decoder.generate(prompts, max_new_tokens=6)) == expected
 
@@ -102,7 +108,7 @@ def test_a_row_that_breaks_down_ends_alone(lab, monkeypatch, look_every):
         answers = serve(decoder, tickets := [decoder.submit(request) for request in requests], look_every)
     assert answers[tickets[0]].tokens == expected[0]
     failed = answers[tickets[1]]
-    assert failed.finish_reason == "error" and isinstance(failed.error, FloatingPointError)
+    assert failed.finish_reason == "not_finite" and isinstance(failed.error, FloatingPointError)
     assert failed.tokens == expected[1][: len(failed.tokens)] and len(failed.tokens) <= 3
     assert tokens(decoder.generate(requests)) == expected
 

@@ -28,7 +28,7 @@ from ..decoding.tiers import choose_tier
 from ..errors import ConfigError
 from .cache import KVCache
 from .choice import choose_step
-from .finite import BROKEN, finite_rows, not_finite, picked_weights
+from .finite import BROKEN, NOT_FINITE, finite_rows, not_finite, picked_weights
 from .grammar import GrammarState
 from .memory import check_fit
 from .prefill import Prefill
@@ -406,7 +406,7 @@ class Batch:
         """End a row whose arithmetic broke down; nothing of it is shared."""
         self.buffers.state.finished[row.slot] = True
         self.prefill.held.pop(row.slot, None)
-        self.finish(row, NOTHING, False, "error", not_finite(len(row.answer.tokens)))
+        self.finish(row, NOTHING, False, NOT_FINITE, not_finite(len(row.answer.tokens)))
 
     def finish(
         self,

@@ -6,6 +6,7 @@ Shape suffixes: B rows, L prompt tokens, S spans, N latents per span, D width.
 from __future__ import annotations
 
 import threading
+import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
@@ -17,6 +18,7 @@ import torch
 from ..decoding import NOTHING, DecodeRules
 from ..errors import ConfigError
 from .batch import Batch, constrained
+from .finite import NOT_FINITE
 from .grammar import Grammar
 from .requests import Emitted, Generation, Prompt, Request, check_images, check_tokens
 from .settings import resolve_latent_steps, resolve_latents, resolve_settings
@@ -292,7 +294,9 @@ class LatentDecoder(Batch):
                     number, answer = index[event.index], event.generation
                     if answer is not None:
                         answer.index = number
-                        if answer.error is not None:
+                        if answer.finish_reason == NOT_FINITE:
+                            warnings.warn(f"an answer was cut short: {answer.error}", stacklevel=3)
+                        elif answer.error is not None:
                             raise answer.error
                     yield replace(event, index=number)
         finally:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 BROKEN = -2  # in the place of an emission
+NOT_FINITE = "not_finite"  # why such an answer ended
 
 
 def finite_rows(values_BD: torch.Tensor) -> torch.Tensor:

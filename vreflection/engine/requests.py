@@ -203,8 +203,10 @@ class Generation:
         index: of the prompt in the call, or the ticket of `submit`.
         tokens: emitted ids; latent positions hold `<|lvr|>` in clean mode, ghosts in parity mode.
         latent: per token, whether its position is a latent one.
-        finish_reason: `eos`, `max_new_tokens`, `max_length` (no room left in the cache), `cancelled` or `error`.
-        error: what went wrong, with `error`, or in making `text`; `generate` and `stream` raise it.
+        finish_reason: `eos`, `max_new_tokens`, `max_length` (no room left in the cache), `cancelled`, `error` or
+            `not_finite` (NaN or infinity in the model's arithmetic; `tokens` are those before).
+        error: what went wrong, with `error` or `not_finite`, or in making `text`; `generate` and `stream` raise it, and
+            warn of `not_finite`.
         text: decoded answer without special tokens, when the decoder has a processor.
         latents, probes: with `return_latents`, `(spans, N, D)`: states consumed by the slots, and hidden states that
             the student's attention starts from: at the slots, or before them (`probe_offset` of the configuration).

@@ -9,17 +9,19 @@ import uuid
 import warnings
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from ..decoding import MAX_END_IDS
+from ..engine.finite import NOT_FINITE
 from ..engine.grammar import Grammar, Grammars
 from ..engine.requests import Emitted, Generation, Prompt, Request
 from ..errors import ConfigError
 from .answer_request import AnswerRequest, ResponseFormat
 from .errors import ApiError, bad, overloaded, stopping
+from .jobs import Choice, Job, LatentStep, SpanEnd, TextPiece
 from .latent_settings import LatentSettings, packed
 from .logprobs import TokenLogprobs
 from .prompts import Picture, PromptMaker
@@ -32,63 +34,6 @@ FINISH = {"eos": "stop", "max_new_tokens": "length", "max_length": "length"}
 LEAST_TOP_P = 1e-6  # what 0 means: the likeliest token alone
 # Maps of an answer's spans from a number on; box j belongs to span j, a box alone to every span.
 Maps = Callable[[Prompt, Generation, Sequence[Box], int], dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class TextPiece:
-    """More of an answer's text, and with log probabilities the entries of its tokens (see `TokenLogprobs`)."""
-
-    text: str
-    logprobs: tuple[dict[str, Any], ...] = ()
-
-
-@dataclass(frozen=True)
-class LatentStep:
-    """A latent step was taken: the answer's `step`-th, and the `span_step`-th of span number `span`, from 0."""
-
-    step: int
-    span: int
-    span_step: int
-
-
-@dataclass(frozen=True)
-class SpanEnd:
-    """A span is whole, and the answer goes on."""
-
-    span: int
-
-
-@dataclass
-class Choice:
-    """One answer under way. `done` holds it when it is whole."""
-
-    index: int
-    request: Request
-    text: TextStream
-    queue: asyncio.Queue
-    ticket: int | None = None
-    done: Generation | None = None
-    finish: str | None = None
-    steps: int = 0
-    tokens: int = 0
-    spans: int = 0  # that have begun
-    span_steps: int = 0  # of the open span, 0 outside
-    sent_spans: int = 0  # whose maps and latents were sent while the answer went on
-    logprobs: list[dict[str, Any]] = field(default_factory=list)  # of tokens whose text has not been sent
-    spelled: int = 0  # bytes of the tokens before those
-
-
-@dataclass
-class Job:
-    """A request under way."""
-
-    ident: str
-    created: int
-    request: AnswerRequest
-    prompts: list[Prompt]
-    choices: list[Choice] = field(default_factory=list)
-    started: float = field(default_factory=time.monotonic)
-    first: float | None = None
 
 
 class Lanes:
@@ -376,7 +321,7 @@ class AnswerService:
 
     @staticmethod
     def _finish(ended: Generation) -> str:
-        if ended.finish_reason == "error":
+        if ended.finish_reason in ("error", NOT_FINITE):
             raise ApiError(500, "decoding failed; the request can be sent again", code="decoding_failed")
         if ended.finish_reason == "cancelled":
             raise stopping()
@@ -432,17 +377,3 @@ class AnswerService:
         answer = replace(row.answer, tokens=list(row.answer.tokens), latent=list(row.answer.latent))
         replace(row, answer=answer).collect(self.config.probe_offset)
         return answer
-
-
-def usage(job: Job) -> dict[str, Any]:
-    """Tokens of a job; latent steps are counted apart from completion tokens."""
-    prompt = sum(len(prompt) for prompt in job.prompts)
-    completion, latent = sum(c.tokens for c in job.choices), sum(c.steps for c in job.choices)
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "total_tokens": prompt + completion,
-        "latent_steps": latent,
-        "prompt_tokens_details": {"cached_tokens": 0},
-        "completion_tokens_details": {"reasoning_tokens": 0},
-    }
