@@ -24,11 +24,12 @@ from .envelope import CLIENT_GONE, Envelope
 from .errors import ApiError, bad
 from .guards import OPEN_PATHS, Guards
 from .interfaces import Interface
+from .jobs import Job, usage
 from .media import preview
 from .metrics import Metrics
 from .responses import Responses
 from .schema import check_values
-from .service import AnswerService, Job, usage
+from .service import AnswerService
 from .settings import ServeSettings
 from .worker import Worker
 

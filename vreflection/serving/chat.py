@@ -13,8 +13,9 @@ from .answer_request import AnswerRequest, read_format
 from .conversation import read_messages
 from .errors import bad
 from .interfaces import Event, Interface, heading, interleaved, whole_text
+from .jobs import Choice, Job, LatentStep, SpanEnd, TextPiece, usage
 from .schema import MAX_TOP_LOGPROBS, GenerationFields, Integer, read_fields
-from .service import AnswerService, Choice, Job, LatentStep, SpanEnd, TextPiece, usage
+from .service import AnswerService
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "functions": ([],), "function_call": ("none", "auto"), "modalities": (["text"],),

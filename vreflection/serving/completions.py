@@ -12,8 +12,9 @@ from .answer_request import AnswerRequest, read_format
 from .conversation import kind_of
 from .errors import bad
 from .interfaces import Event, Interface, heading, interleaved, whole_text
+from .jobs import Choice, Job, TextPiece, usage
 from .schema import GenerationFields, Integer, integral, read_fields
-from .service import AnswerService, Choice, Job, TextPiece, usage
+from .service import AnswerService
 
 DEFAULT_TOKENS = 16  # OpenAI's
 MAX_TOP_LOGPROBS = 5  # OpenAI's

@@ -11,7 +11,8 @@ from typing import Any
 from .._version import __version__
 from .answer_request import AnswerRequest
 from .errors import ApiError
-from .service import AnswerService, Choice, Job, TextPiece
+from .jobs import Choice, Job, TextPiece
+from .service import AnswerService
 
 Event = dict[str, Any]
 

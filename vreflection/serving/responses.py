@@ -13,8 +13,9 @@ from .answer_request import AnswerRequest, read_format
 from .conversation import RESPONSES, Conversation, add_message, call_text, kind_of, read_content, tool_answer
 from .errors import ApiError, bad
 from .interfaces import Event, Interface, whole_text
+from .jobs import Job, TextPiece, usage
 from .schema import MAX_TOP_LOGPROBS, GenerationFields, Integer, read_fields
-from .service import AnswerService, Job, TextPiece, usage
+from .service import AnswerService
 
 IGNORED = {"prompt_cache_options"}
 NEUTRAL: dict[str, tuple[Any, ...]] = {"background": (False,), "truncation": ("disabled",)}
