@@ -301,7 +301,7 @@ def test_our_own_answers_can_be_sent_back(server, tools):
         (part([text(), {"type": "video_url", "video_url": {"url": URL}}]), "0.content.1", "'video_url'; leave it"),
         (part([{"type": "file", "file": {}}], 2), "2.content.0", "'file'; leave it out"),
         (part([{"type": "input_text", "text": "a"}]), "0.content.0", 'write {"type": "text"'),
-        (part(["a"]), "0.content.0", "expected a part of type text or refusal or image_url, got text"),
+        (part(["a"]), "0.content.0", "expected a part of type text or image_url, got text"),
         (part([{"text": "a"}]), "0.content.0", "got an object without type: ['text']"),
         (part([{"type": "text"}]), "0.content.0.text", "expected text, got none"),
         (part([{"type": "text", "text": 3}]), "0.content.0.text", "expected text, got a number"),

@@ -163,7 +163,7 @@ def read_content(content: Any, role: Role, dialect: Dialect, place: str) -> list
 
 
 def read_part(part: Any, dialect: Dialect, place: str) -> str | ImageReference:
-    known = [*dialect.texts, dialect.image]
+    known = [*(kind for kind in dialect.texts if kind != "refusal"), dialect.image]
     if not isinstance(part, dict) or not isinstance(part.get("type"), str):
         got = f"an object without type: {list(part)[:5]}" if isinstance(part, dict) else kind_of(part)
         raise bad(f"{place}: expected a part of type {' or '.join(known)}, got {got}", place, "invalid_value")
