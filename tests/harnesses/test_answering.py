@@ -72,7 +72,26 @@ def test_stop_texts_end_the_answer(answerer, image):
 
 
 @pytest.mark.parametrize(
-    ("given", "settings", "stops"),
+    ("pieces", "until", "text"),
+    [
+        (("\n<answer>", " B", " </answer>"), (), "B"),
+        (("\n<answer>", " B", " </answer>"), ("\n",), "B"),  # the stop text of many tasks, also before the tag
+        (("\n<answer>", " B"), ("\n\n",), "B"),  # unclosed
+        (("I see two.", "\n<answer>", " (B) blue", "\nno", "</answer>"), ("\n",), "(B) blue"),
+        (("B",), ("\n",), "B"),  # a model that knows no tags
+        (("\n\n", "The answer is B.", "\nBecause"), ("\n",), "The answer is B."),
+        (("\n<answer>", "</answer>"), (), ""),
+    ],
+)
+def test_harnesses_get_the_answer_without_its_tags(saying, image, pieces, until, text):
+    speaker = ChatAnswerer(str(saying(*pieces)), device="cpu")
+    (answer,) = speaker.answers([ChatQuestion([image, "which?"], {"max_new_tokens": 16}, until)])
+    assert answer.text == text
+    assert answer.tokens == len(pieces) + 3 and answer.latent_steps == 3  # the span's marks and the end of the turn
+
+
+@pytest.mark.parametrize(
+    ("harness", "settings", "stops"),
     [
         ({}, {"max_new_tokens": 9}, ()),
         ({"max_new_tokens": 4, "until": "\n", "temperature": 0, "top_p": None, "num_beams": 1},
@@ -84,8 +103,8 @@ def test_stop_texts_end_the_answer(answerer, image):
         ({"do_sample": True, "temperature": 0}, {"max_new_tokens": 9}, ()),
     ],
 )  # fmt: skip
-def test_generation_settings(given, settings, stops):
-    assert sampling_settings(given, 9) == (settings, stops)
+def test_generation_settings(harness, settings, stops):
+    assert sampling_settings(harness, 9) == (settings, stops)
 
 
 def test_generation_settings_that_do_not_exist():
@@ -100,7 +119,7 @@ def test_bad_values(checkpoint):
         ChatAnswerer(str(checkpoint), min_pixels=10_000_000, max_pixels=1000)
 
 
-def test_vlmevalkits_launcher(checkpoint, image, answerer, tmp_path, monkeypatch, capsys):
+def test_vlmevalkits_launcher(saying, image, tmp_path, monkeypatch, capsys):
     package = tmp_path / "vlmeval" / "vlm"
     package.mkdir(parents=True)
     (package.parent / "__init__.py").write_text("")
@@ -110,15 +129,17 @@ def test_vlmevalkits_launcher(checkpoint, image, answerer, tmp_path, monkeypatch
     (tmp_path / "run.py").write_text(RUN)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(sys, "argv", list(sys.argv))
-    flags = ["--kit", str(tmp_path), "--pretrained", str(checkpoint), "--force-latent", "--max-new-tokens", "4"]
+    flags = ["--kit", str(tmp_path), "--pretrained", str(saying("\n<answer>", " B", " </answer>"))]
+    flags += ["--force-latent", "--max-new-tokens", "6", "--device", "cpu"]
     try:
-        vlmevalkit.main([*flags, "--device", "cpu", "--", "--data", "MMVP", str(image)])
+        vlmevalkit.main(
+            [*flags, "--force-latent", "--max-new-tokens", "6", "--device", "cpu", "--", "--data", "MMVP", str(image)]
+        )
     finally:
         for name in [name for name in sys.modules if name.split(".")[0] == "vlmeval"]:
             del sys.modules[name]
     said = json.loads(capsys.readouterr().out.splitlines()[-1])
-    (expected,) = answerer.answers([ChatQuestion([image, "which?"], {"max_new_tokens": 4})])
-    assert said == {"data": "MMVP", "interleave": True, "answer": expected.text}
+    assert said == {"data": "MMVP", "interleave": True, "answer": "B"}
 
 
 def test_a_folder_that_is_no_kit(tmp_path, monkeypatch, capsys):

@@ -16,6 +16,7 @@ from ..data.template import IMAGE_PLACEHOLDER
 from ..engine.decoder import LatentDecoder
 from ..engine.requests import Generation, Prompt, Request
 from ..errors import ConfigError, DataError
+from ..evaluation.extraction import inside_answer
 from ..model.checkpoint import local_folder
 from ..model.modeling import VReflectionForConditionalGeneration
 from ..model.processor import VReflectionProcessor
@@ -31,7 +32,7 @@ class ChatQuestion:
     Attributes:
         segments: in order; a `str` is text, anything else an image or its file, taken as a viewer shows it.
         settings: `max_new_tokens`, sampling and the like for `LatentDecoder.request`.
-        until: the answer ends before the first of these texts.
+        until: the answer ends before the first of these texts, which are looked for in what it hands over.
     """
 
     segments: Sequence[Segment]
@@ -41,7 +42,12 @@ class ChatQuestion:
 
 @dataclass(frozen=True)
 class ChatAnswer:
-    """`text` without special tokens; `tokens` emitted without latent positions, which `latent_steps` counts."""
+    """What a harness scores, and what it cost.
+
+    Attributes:
+        text: the answer without special tokens and, where it has tags, what stands inside the last `<answer>`.
+        prompt_tokens: of the prompt. tokens: emitted, latent positions left out. latent_steps: latent positions.
+    """
 
     text: str
     prompt_tokens: int
@@ -93,14 +99,14 @@ class ChatAnswerer:
 
     def answers(self, questions: Iterable[ChatQuestion]) -> list[ChatAnswer]:
         """Answers in order. Images are prepared as rows become free."""
-        asked: list[ChatQuestion] = []
+        seen: list[ChatQuestion] = []
 
         def requests() -> Iterator[Request]:
             for question in questions:
-                asked.append(question)
+                seen.append(question)
                 yield self.request(question)
 
-        return [self.read(answer, asked[answer.index]) for answer in self.decoder.generate(requests())]
+        return [self.read(answer, seen[answer.index]) for answer in self.decoder.generate(requests())]
 
     def request(self, question: ChatQuestion) -> Request:
         settings = {"do_sample": False, "repetition_penalty": 1.0, "seed": 0, **self.latents, **question.settings}
@@ -122,19 +128,20 @@ class ChatAnswerer:
 
     def read(self, answer: Generation, question: ChatQuestion) -> ChatAnswer:
         ids = [token for token, inside in zip(answer.tokens, answer.latent, strict=True) if not inside]
-        text = self.processor.decode(ids)
+        # Tags first: harnesses score bare answers, and many tasks stop at the line break before the tag.
+        text = inside_answer(self.processor.decode(ids)).strip()
         for stop in question.until:
             text = text.partition(stop)[0] if stop else text
         return ChatAnswer(text.strip(), answer.prompt_length, len(ids), answer.latent_steps_taken)
 
 
-def sampling_settings(given: dict[str, Any], default_tokens: int) -> tuple[dict[str, Any], tuple[str, ...]]:
+def sampling_settings(harness_settings: dict[str, Any], default_tokens: int) -> tuple[dict[str, Any], tuple[str, ...]]:
     """A harness's generation settings as the decoder's, and its stop texts.
 
     Raises:
         ConfigError: settings that latent decoding does not have.
     """
-    values = dict(given)
+    values = dict(harness_settings)
     until = values.pop("until", None) or ()
     stops = (until,) if isinstance(until, str) else tuple(until)
     settings: dict[str, Any] = {"max_new_tokens": int(values.pop("max_new_tokens", None) or default_tokens)}

@@ -71,9 +71,9 @@ class VReflectionChat(lmms):
         ]
 
     def _question(self, request: Instance) -> ChatQuestion:
-        _, doc_to_messages, given, doc_id, task, split = request.args
+        _, doc_to_messages, task_settings, doc_id, task, split = request.args
         messages = doc_to_messages(self.task_dict[task][split][doc_id])
-        settings, until = sampling_settings(given, MAX_NEW_TOKENS)
+        settings, until = sampling_settings(task_settings, MAX_NEW_TOKENS)
         return ChatQuestion(segments_of(messages), settings, until)
 
     def loglikelihood(self, requests: list[Instance]):

@@ -75,13 +75,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--force-latent", action="store_true")
     parser.add_argument("--dtype")
     parser.add_argument("--device")
-    given = vars(parser.parse_args(own))
-    kit, name, pretrained = given.pop("kit"), given.pop("name"), given.pop("pretrained")
+    settings = vars(parser.parse_args(own))
+    kit, name, pretrained = settings.pop("kit"), settings.pop("name"), settings.pop("pretrained")
     script = kit / "run.py"
     if not script.is_file():
         raise ConfigError(f"--kit: expected a VLMEvalKit checkout with run.py, got {str(kit)!r}")
     sys.path.insert(0, str(kit))
-    register(name, pretrained, **given)
+    register(name, pretrained, **settings)
     sys.argv = [str(script), "--model", name, *rest]
     runpy.run_path(str(script), run_name="__main__")
 
