@@ -122,6 +122,13 @@ def test_a_model_wrapped_for_adapters_is_unwrapped(lab, adapted):
     assert tokens(decoder.generate(prompts, max_new_tokens=9)) == expected
 
 
+def test_a_model_of_mixed_adapters_is_unwrapped(lab):
+    peft = pytest.importorskip("peft")
+    model = lab.lively()
+    settings = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    assert make(peft.get_peft_model(model, settings, mixed=True)).model is model
+
+
 def test_adapters_that_lengthen_the_prompt_are_refused(lab):
     peft = pytest.importorskip("peft")
     wrapped = peft.get_peft_model(lab.lively(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))

@@ -73,7 +73,9 @@ def test_weights_that_are_not_numbers_are_said_and_counted(lab, part, step):
     break_weights(model, part)
     decoder = make(model, step=step)
     for run in (decoder.generate, lambda *a, **s: [event.generation for event in decoder.stream(*a, **s)]):
-        with pytest.warns(UserWarning, match="an answer was cut short: .*got NaN or infinity after 0 tokens.*check the weights"):
+        with pytest.warns(
+            UserWarning, match="an answer was cut short: .*got NaN or infinity after 0 tokens.*check the weights"
+        ):
             answers = run(prompts, max_new_tokens=6, return_latents=True)
         assert [answer.finish_reason for answer in answers] == ["not_finite"] * 2
         assert tokens(answers) == [[], []] and all(isinstance(a.error, FloatingPointError) for a in answers)

@@ -22,6 +22,7 @@ from .finite import NOT_FINITE
 from .grammar import Grammar
 from .requests import Emitted, Generation, Prompt, Request, check_images, check_tokens
 from .settings import resolve_latent_steps, resolve_latents, resolve_settings
+from .weights import without_adapter_wrapper
 
 # Steps between two looks of the host at what was emitted, when nobody waits for single tokens.
 LOOK_EVERY = 8
@@ -384,20 +385,3 @@ class LatentDecoder(Batch):
                     self.fill([(ticket, request)])
                 except Exception as own:
                     self.give_up(ticket, request, "error", own)
-
-
-def without_adapter_wrapper(model):
-    """The model inside a PEFT model, whose layers hold the adapters.
-
-    Raises:
-        ConfigError: adapters that act outside the layers.
-    """
-    if not hasattr(model, "get_base_model"):
-        return model
-    if getattr(model.active_peft_config, "is_prompt_learning", False):
-        kind = getattr(model.active_peft_config.peft_type, "value", model.active_peft_config.peft_type)
-        raise ConfigError(
-            f"model: {kind} adapters put tokens of their own before the prompt, which latent decoding does not know; "
-            "use adapters inside the layers, such as LoRA"
-        )
-    return model.get_base_model()

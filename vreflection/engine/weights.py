@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from ..errors import ConfigError
 from .steps import hooked
 
 _optimizer_steps = 0
@@ -76,3 +77,22 @@ def settings(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: settings(entry) for key, entry in value.items()}
     return None
+
+
+def without_adapter_wrapper(model: Any) -> Any:
+    """The model inside a PEFT model, whose layers hold the adapters.
+
+    Raises:
+        ConfigError: adapters that act outside the layers.
+    """
+    if hasattr(type(model), "prompt_inputs"):
+        return model
+    config = getattr(model, "active_peft_config", None)
+    if config is not None and getattr(config, "is_prompt_learning", False):
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        raise ConfigError(
+            f"model: {kind} adapters put tokens of their own before the prompt, which latent decoding does not know; "
+            "use adapters inside the layers, such as LoRA"
+        )
+    inner: Any = getattr(getattr(model, "base_model", None), "model", None)
+    return inner if hasattr(type(inner), "prompt_inputs") else model

@@ -125,6 +125,11 @@ class VReflectionProcessor(ProcessorMixin):
         return {"processor_class": type(self).__name__, **parts}
 
     @property
+    def model_input_names(self) -> list[str]:
+        """What `__call__` may return for `generate`."""
+        return list(_GENERATE_KEYS)
+
+    @property
     def spatial_merge_size(self) -> int:
         """Patches per visual token and axis."""
         return int(self.image_processor.merge_size)
