@@ -24,7 +24,10 @@ def ours(module: str, name: str):
 def enter_config(table: ModuleType) -> None:
     """A stand-in for `VReflectionConfig`, in `transformers.models.auto.configuration_auto`."""
 
-    class VReflectionConfig(table.PreTrainedConfig):
+    # Imported by the table before it.
+    base = importlib.import_module("transformers.configuration_utils").PreTrainedConfig
+
+    class VReflectionConfig(base):
         model_type = MODEL_TYPE
 
         def __new__(cls, *args, **kwargs):
