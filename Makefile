@@ -2,12 +2,13 @@
 # operators are built, without one the package runs its plain PyTorch form.
 PYTHON ?= python3
 VENV ?= .venv
+HARNESSES ?= .harnesses
 ARGS ?=
 PYTEST_ARGS ?=
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: quickstart test test-processes test-kernels lint bench clean
+.PHONY: quickstart test test-processes test-kernels test-harnesses lint bench clean
 quickstart: $(INSTALLED)
 	$(BIN)/vreflection quickstart $(ARGS)
 
@@ -27,6 +28,16 @@ test-kernels: $(INSTALLED)
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m interpreter tests/kernels tests/ops tests/engine
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m aot tests/kernels
 
+# The real lmms-eval, laid over the environment: what it needs beside torch and transformers is of no use to the package.
+test-harnesses: $(HARNESSES)/.installed
+	PYTHONPATH=$(HARNESSES) $(BIN)/python -c 'import lmms_eval'
+	OMP_NUM_THREADS=1 PYTHONPATH=$(abspath $(HARNESSES)) $(BIN)/python -m pytest -q $(PYTEST_ARGS) tests/harnesses
+
+$(HARNESSES)/.installed: tests/harnesses/requirements.txt $(INSTALLED)
+	rm -rf $(HARNESSES)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(HARNESSES) -r tests/harnesses/requirements.txt
+	@touch $@
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -44,4 +55,4 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info vreflection/*.so .pytest_cache .ruff_cache .hypothesis .coverage*
+	rm -rf $(VENV) $(HARNESSES) build dist *.egg-info vreflection/*.so .pytest_cache .ruff_cache .hypothesis .coverage*
