@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vreflection.evaluation.extraction import EXTRACTORS, inside_answer
+from vreflection.evaluation.extraction import ASKS_JUDGE, EXTRACTORS, inside_answer
 
 TABLE = runpy.run_path(str(Path(__file__).with_name("extraction_cases.py")))
 OPTIONS, CASES = TABLE["OPTIONS"], TABLE["CASES"]
@@ -69,6 +69,102 @@ def test_lmms_eval_has_a_rule_per_benchmark(name, text, letter):
     assert EXTRACTORS["lmms-eval"](text, OPTIONS, name) == letter
 
 
+# Read by lmms-eval 0.7.3 itself; "judge": its rules find nothing and it would ask a model.
+@pytest.mark.parametrize(
+    ("name", "text", "letter"),
+    [
+        ("blink", "(b).", "B"),
+        ("blink", "The answer is B.", "B"),
+        ("blink", "I think B", None),
+        ("blink", "I think the answer is C because", "C"),
+        ("blink", "A or (B), so (C)", "C"),
+        ("blink", "Blue", "B"),
+        ("blink", "3", None),
+        ("blink", "<answer> B </answer>", None),
+        ("blink", "answer is Bob", "A"),
+        ("blink", "the dog", None),
+        ("blink", "answer A, no, answer B", "B"),
+        ("blink", "<think>A</think>B", "B"),
+        ("blink", "A</think> (b)", "B"),
+        ("blink", "<think>A", None),
+        ("mmvp", "The answer is (B)", "B"),
+        ("mmvp", "the dog looks at a ball", "A"),
+        ("mmvp", "<answer> B </answer>", "B"),
+        ("mmvp", "Yes", None),
+        ("vstar", "The choice is c", "C"),
+        ("vstar", "red", "D"),
+        ("vstar", "\\boxed{B}", None),
+        ("vstar", "ANSWER İS A", "A"),
+        ("vstar", "<analysis>A</analysis> B", "B"),
+        ("mme-realworld-lite", "Best option: D", "D"),
+        ("mme-realworld-lite", "Best answer: C", "C"),
+        ("mme-realworld-lite", "The correct option is (E)", "E"),
+        ("mme-realworld-lite", "", "A"),
+        ("mme-realworld-lite", "<answer> b </answer>", None),
+        ("hrbench4k", "It is blue", "B"),
+        ("hrbench4k", "<answer> B </answer>", "B"),
+        ("hrbench4k", "I can't process this file. B", "Z"),
+        ("hrbench4k", "Z", "Z"),
+        ("hrbench4k", "A or B", "judge"),
+        ("hrbench8k", "red or blue", "judge"),
+        ("hrbench4k", "Failed to obtain answer via API B", "judge"),
+        ("hrbench4k", "", "judge"),
+    ],
+)
+def test_lmms_eval_0_7_3(name, text, letter):
+    judge = letter == "judge"
+    assert EXTRACTORS["lmms-eval-0.7.3"](text, OPTIONS, name) == (None if judge else letter)
+    assert ASKS_JUDGE["lmms-eval-0.7.3"](text, OPTIONS, name) == judge
+
+
+@pytest.mark.parametrize(
+    ("protocol", "name", "text", "judge"),
+    [
+        ("vlmevalkit", "mmvp", "B", False),
+        ("vlmevalkit", "mmvp", "A or B", True),
+        ("vlmevalkit", "mmvp", "<answer>A or B</answer>", True),
+        ("vlmevalkit", "mmvp", "Cannot determine the answer", False),  # read as a refusal, without a judge
+        ("vlmevalkit", "mme-realworld-lite", "x", False),
+        ("lmms-eval", "hrbench4k", "<answer>A or B</answer>", True),
+        ("lmms-eval", "hrbench4k", "Z", False),
+        ("lmms-eval", "blink", "3", False),
+    ],
+)
+def test_answers_that_a_harness_would_show_a_judge(protocol, name, text, judge):
+    assert ASKS_JUDGE[protocol](text, OPTIONS, name) == judge
+    assert not judge or EXTRACTORS[protocol](text, OPTIONS, name) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("Answer: D", "D"),
+        ("D,", "D"),
+        ("[D]", "D"),
+        ("Option D is correct.", "D"),
+        ("Answer: D. black", "D"),
+        ("So the answer is: [B].", "B"),
+        ("The right choice is (C)", "C"),
+        ("D is the best answer!", "D"),
+        ("I choose D", "D"),
+        ("Answer: blue", "B"),
+        ("I see a bus.\nAnswer: D", "D"),
+        ("Answer: D\nbecause", None),
+        ("A is correct\nB is correct", None),
+        ("B or C is correct", None),
+        ("D is not correct", None),
+        ("The answer is not D", None),
+        ("Answer: B: red", None),
+        ("Answer: E", None),
+        ("D, E", None),
+        ("Answer", None),
+    ],
+)
+def test_lenient_reads_more_than_strict(text, letter):
+    assert EXTRACTORS["lenient"](text, OPTIONS, "") == letter
+    assert EXTRACTORS["strict"](text, OPTIONS, "") is None
+
+
 @pytest.mark.parametrize(
     ("text", "letter"),
     [("", "A"), ("<answer>b</answer>", "B"), ("The answer is B", "B"), ("Sorry", None), ("x", None)],
@@ -117,15 +213,39 @@ def test_the_last_answer(text, inner):
 @pytest.mark.parametrize("protocol", TABLE["PROTOCOLS"])
 @pytest.mark.parametrize("name", ["mmvp", "blink", "vstar", "hrbench4k", "mme-realworld-lite"])
 @pytest.mark.parametrize(
-    "unit", [" ", "a ", "<answer>", "<answer> ", "<|", "<|lvr|>", "(", "**", "\\boxed{", "answer is", "option ", "A\n"]
+    "unit",
+    [
+        " ",
+        "a ",
+        "<answer>",
+        "<answer> ",
+        "<|",
+        "<|lvr|>",
+        "(",
+        "**",
+        "\\boxed{",
+        "answer is",
+        "option ",
+        "A\n",
+        "<think>",
+        "[",
+        "</think>",
+    ],
 )
 def test_very_long_answers_end(protocol, name, unit):
     text = "B" + unit * (LONG // len(unit)) + "x"
     letter = EXTRACTORS[protocol](text, OPTIONS, name)
     assert letter is None or letter.isupper()
     assert EXTRACTORS[protocol](text, OPTIONS, name) == letter
-    if protocol == "strict":
+    if protocol in ("strict", "lenient"):
         assert letter is None or unit in ("**", "<|lvr|>")
+
+
+@pytest.mark.parametrize("protocol", TABLE["PROTOCOLS"])
+@pytest.mark.parametrize("name", ["mmvp", "blink", "vstar", "hrbench4k", "mme-realworld-lite"])
+@pytest.mark.parametrize("start", ["answer", "answer is", "option", "("])
+def test_long_gaps_end(protocol, name, start):
+    EXTRACTORS[protocol](start + " " * LONG + "x", OPTIONS, name)
 
 
 @given(st.text(max_size=80), st.sampled_from(sorted(EXTRACTORS)), st.sampled_from(["mmvp", "blink", "vstar", "other"]))

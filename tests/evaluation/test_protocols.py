@@ -31,7 +31,7 @@ def written(tmp_path):
 
 
 def test_the_shipped_ones():
-    assert PROTOCOLS == ("lmms-eval", "reference", "strict", "vlmevalkit")
+    assert PROTOCOLS == ("lenient", "lmms-eval", "lmms-eval-0.7.3", "reference", "strict", "vlmevalkit")
     for name in PROTOCOLS:
         protocol = load_protocol(name)
         assert protocol.tag == f"{name}@{protocol.version}" and load_protocol(protocol.tag) == protocol
@@ -63,6 +63,9 @@ ASK = "\nAnswer with the option's letter from the given choices directly."
         ),
         ("lmms-eval", "mmvp", f"Which {{colour}}?\nA. red\nB. dark blue{ASK}"),
         ("lmms-eval", "hrbench8k", "Which {colour}?\nA. red\nB. dark blue\nAnswer the option letter directly."),
+        ("lmms-eval-0.7.3", "vstar", f"Which {{colour}}?\nA. red\nB. dark blue{ASK}{ASK}"),
+        ("lmms-eval-0.7.3", "mmvp", f"Which {{colour}}?\nA. red\nB. dark blue{ASK}"),
+        ("lenient", "mmvp", f"Which {{colour}}?\nOptions:\nA. red\nB. dark blue{ASK}"),
         (
             "lmms-eval",
             "blink",
@@ -83,9 +86,13 @@ def test_token_limits_and_pixels():
 
 
 def test_only_what_is_asked_decides_who_may_score_whom():
-    strict, reference, lmms = (load_protocol(name) for name in ("strict", "reference", "lmms-eval"))
+    names = ("strict", "lenient", "reference", "lmms-eval", "lmms-eval-0.7.3")
+    strict, lenient, reference, old, lmms = map(load_protocol, names)
     for name in BENCHMARKS:
-        assert strict.asking(name) == reference.asking(name) != lmms.asking(name)
+        assert strict.asking(name) == lenient.asking(name) == reference.asking(name) != lmms.asking(name)
+        assert (old.asking(name) == lmms.asking(name)) == (name != "vstar")
+    assert {name for name in BENCHMARKS if old.headline[name] != lmms.headline[name]} == {"blink"}
+    assert lmms.headline["blink"] == "blink-14 macro"
 
 
 def test_a_benchmark_without_a_prompt_of_its_own():
@@ -118,7 +125,7 @@ def test_a_shipped_name_is_taken(written):
         ({"extractor": ...}, r"unknown keys \[\], missing keys \['extractor'\]"),
         (
             {"extractor": "gpt"},
-            r"extractor: expected one of \['strict', 'reference', 'vlmevalkit', 'lmms-eval'\], got 'gpt'",
+            r"extractor: expected one of \['strict', 'lenient', .*, 'lmms-eval-0.7.3'\], got 'gpt'",
         ),
         ({"label_revision": "new"}, r"label_revision: expected one of \['original', 'corrected'\], got 'new'"),
         ({"version": "1"}, "version: expected a whole number of at least 1, got '1'"),
@@ -162,7 +169,7 @@ def test_templates_name_only_what_they_may(written, piece, template, message):
 
 def test_names_and_files_that_are_not_there(tmp_path):
     with pytest.raises(
-        ConfigError, match=r"expected one of \['lmms-eval', .*\] or a .yaml file with the same keys, got 'x'"
+        ConfigError, match=r"expected one of \['lenient', .*\] or a .yaml file with the same keys, got 'x'"
     ):
         load_protocol("x")
     with pytest.raises(

@@ -152,7 +152,7 @@ def test_a_protocol_that_asks_otherwise_is_refused(tmp_path):
         ConfigError, match=r"vlmevalkit@1 asks vstar in another way than strict@1.*prompt .*--protocol vlmevalkit"
     ):
         score_run(tmp_path, "vlmevalkit")
-    with pytest.raises(ConfigError, match=r"expected one of \['lmms-eval'"):
+    with pytest.raises(ConfigError, match=r"expected one of \['lenient'"):
         score_run(tmp_path, "no such")
 
 

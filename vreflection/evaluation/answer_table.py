@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ConfigError, DataError
-from .extraction import Extractor
+from .extraction import ASKS_JUDGE, EXTRACTORS
 from .protocol import LABEL_REVISIONS, Protocol, load_protocol, protocol_from
 from .raw_files import raw_files
 from .records import FORMAT, LETTERS, Manifest
@@ -48,7 +48,8 @@ class AnswerTable:
 
     Attributes:
         expected: items the run was to ask.
-        predicted: letter codes (0 is A; -1: does not parse). golds: right letters' codes by label revision.
+        predicted: letter codes (0 is A; -1: does not parse). judged: whether the protocol's harness would ask a judge
+            model about the answer. golds: right letters' codes by label revision.
         revision: the one that counts.
         groups: codes of the items' groups. labels: per key the items' codes and what the codes mean.
         options: number of options. facts: a value per item that differs where options, gold label or group differ.
@@ -60,6 +61,7 @@ class AnswerTable:
     expected: int
     ids: dict[str, int]
     predicted: np.ndarray
+    judged: np.ndarray
     golds: Mapping[str, np.ndarray]
     revision: str
     groups: np.ndarray
@@ -102,7 +104,7 @@ class AnswerTable:
 
     def only(self, rows: np.ndarray) -> AnswerTable:
         """The items at these positions, in this order, with what a comparison needs of them."""
-        names = ("predicted", "groups", "options", "facts", "opened", "closed", "latent_steps")
+        names = ("predicted", "judged", "groups", "options", "facts", "opened", "closed", "latent_steps")
         kept = list(self.ids)
         return replace(
             self,
@@ -114,7 +116,7 @@ class AnswerTable:
 
     def with_answers(self, other: AnswerTable) -> AnswerTable:
         """These items with the answers of another table that holds the same items in the same order."""
-        return replace(self, predicted=other.predicted)
+        return replace(self, predicted=other.predicted, judged=other.judged)
 
     def labelled(self, revision: str) -> AnswerTable:
         """The same answers under another label revision."""
@@ -194,10 +196,11 @@ def _manifest(path: Path) -> Manifest:
     return Manifest(**values)
 
 
-def read_answers(run: Run, benchmark: str, extract: Extractor, labels: str = "original") -> AnswerTable:
+def read_answers(run: Run, benchmark: str, extractor: str, labels: str = "original") -> AnswerTable:
     """Read and extract every answer to one benchmark.
 
     Args:
+        extractor: name in `extraction.EXTRACTORS`.
         labels: label revision; items without a corrected label keep the original one.
 
     Raises:
@@ -208,7 +211,7 @@ def read_answers(run: Run, benchmark: str, extract: Extractor, labels: str = "or
     asked = run.manifest.benchmarks
     if benchmark not in asked:
         raise ConfigError(f"{run.folder}: expected one of {sorted(asked)}, got {benchmark!r}: the run did not ask it")
-    reader = _Reader(benchmark, extract, labels)
+    reader = _Reader(benchmark, extractor, labels)
     for path in raw_files(run.folder, benchmark):
         reader.read(path)
     expected = asked[benchmark].get("asked", asked[benchmark].get("rows"))
@@ -242,7 +245,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 @dataclass
 class _Reader:
     benchmark: str
-    extract: Extractor
+    extractor: str
     revision: str
     ids: dict[str, int] = field(default_factory=dict)
     torn: list[str] = field(default_factory=list)
@@ -255,6 +258,7 @@ class _Reader:
             for name in (
                 *LABEL_REVISIONS,
                 "predicted",
+                "judged",
                 "group",
                 "labels",
                 "options",
@@ -269,7 +273,7 @@ class _Reader:
         self._groups: dict[str, int] = {}
         self._labels: dict[tuple, int] = {}
         self._options: dict[tuple, tuple] = {}  # one tuple per distinct set of options
-        self._letters: dict[tuple, int] = {}
+        self._readings: dict[tuple, tuple[int, bool]] = {}
 
     def read(self, path: Path) -> None:
         for number, line in _lines(path):
@@ -310,19 +314,22 @@ class _Reader:
                 )
             self.repeated += 1
             return
-        given = tuple(row["options"])
-        options = self._options.setdefault(given, given)
+        distinct = tuple(row["options"])
+        options = self._options.setdefault(distinct, distinct)
         original = row["gold"]["original"]
         corrected = row["gold"].get("corrected", original)
         for letter in (original, corrected):
             if letter not in LETTERS[: len(options)] or len(letter) != 1:
                 raise ValueError(f"gold letter {letter!r} of {len(options)} options")
-        self._append(row, options, (original, corrected), self._letter(text, options))
+        self._append(row, options, (original, corrected), *self._reading(text, options))
         self.texts.append(hash(text))
 
-    def _append(self, row: dict[str, Any], options: tuple, golds: tuple[str, str], predicted: int) -> None:
+    def _append(
+        self, row: dict[str, Any], options: tuple, golds: tuple[str, str], predicted: int, judged: bool
+    ) -> None:
         columns = self.columns
         columns["predicted"].append(predicted)
+        columns["judged"].append(judged)
         columns["original"].append(_CODE[golds[0]])
         columns["corrected"].append(_CODE[golds[1]])
         columns["group"].append(self._groups.setdefault(row["group"], len(self._groups)))
@@ -335,15 +342,18 @@ class _Reader:
         self.visual.extend(row["visual_tokens"])
         self.reasons[row["finish_reason"]] += 1
 
-    def _letter(self, text: str, options: tuple) -> int:
+    def _reading(self, text: str, options: tuple) -> tuple[int, bool]:
+        """The letter's code, and whether a judge would be asked."""
         key = (text, options)
-        code = self._letters.get(key)
-        if code is None:
-            letter = self.extract(text, options, self.benchmark)
-            code = UNPARSED if letter is None else LETTERS.index(letter)
+        reading = self._readings.get(key)
+        if reading is None:
+            letter = EXTRACTORS[self.extractor](text, options, self.benchmark)
+            asks_judge = ASKS_JUDGE.get(self.extractor)
+            judged = asks_judge is not None and asks_judge(text, options, self.benchmark)
+            reading = (UNPARSED if letter is None else LETTERS.index(letter), judged)
             if len(text) <= _REMEMBERED:
-                self._letters[key] = code
-        return code
+                self._readings[key] = reading
+        return reading
 
     def table(self, expected: int) -> AnswerTable:
         columns = self.columns
@@ -356,7 +366,7 @@ class _Reader:
             labels[key] = (codes[combination], names)
         return AnswerTable(
             self.benchmark, expected, self.ids,
-            np.array(columns["predicted"], dtype=np.int8),
+            np.array(columns["predicted"], dtype=np.int8), np.array(columns["judged"], dtype=bool),
             {revision: np.array(columns[revision], dtype=np.int8) for revision in LABEL_REVISIONS}, self.revision,
             np.array(columns["group"], dtype=np.int64), labels, np.array(columns["options"], dtype=np.int8),
             np.array(columns["facts"], dtype=np.int64), np.array(columns["opened"], dtype=bool),

@@ -11,7 +11,6 @@ import numpy as np
 
 from ..errors import DataError
 from .answer_table import AnswerTable, Run, open_run, read_answers
-from .extraction import EXTRACTORS
 from .metrics import Slice, all_right, complete_groups, slices
 from .protocol import Protocol
 from .scoring import label_revision, refuse_missing, scoring_protocol
@@ -92,8 +91,7 @@ def compare_runs(
     shared = [name for name in asked_a if name in asked_b]
     if not shared:
         _refuse(a, b, f"a benchmark both asked, got {sorted(asked_a)} and {sorted(asked_b)}", "ask both the same one")
-    extract = EXTRACTORS[chosen[0].extractor]
-    tables = [[read_answers(run, name, extract, revision) for name in shared] for run in (a, b)]
+    tables = [[read_answers(run, name, chosen[0].extractor, revision) for name in shared] for run in (a, b)]
     if not partial:
         for run, of_run in zip((a, b), tables, strict=True):
             refuse_missing(run, of_run)

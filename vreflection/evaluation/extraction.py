@@ -12,7 +12,8 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
-from .harness_rules import lmms_eval, vlmevalkit
+from .harness_rules import lmms_eval, lmms_eval_asks_judge, vlmevalkit, vlmevalkit_asks_judge
+from .lmms_eval_0_7_3 import lmms_eval_0_7_3, lmms_eval_0_7_3_asks_judge
 from .records import LETTERS
 
 Extractor = Callable[[str, Sequence[str], str], str | None]
@@ -58,6 +59,43 @@ def strict(text: str, options: Sequence[str], benchmark: str = "") -> str | None
         if said and None not in said:
             letters.update(filter(None, said))
     return letters.pop() if len(letters) == 1 and letters <= set(LETTERS[: len(options)]) else None
+
+
+# What `lenient` takes off a line: what leads up to the letter, what follows it, and brackets and marks around it.
+_LEAD = re.compile(
+    r"(?:(?:so|therefore|thus|hence),? )?(?:the |my )?(?:(?:correct|final|best|right) )?(?:answer|option|choice)\b"
+    r"(?: is)? ?:? ?(?:option |choice )?|i (?:choose|pick|select) (?:option )?",
+    re.IGNORECASE,
+)
+_VERDICT = re.compile(
+    r" (?:is|would be) (?:the )?(?:correct|right|best)(?: answer| option| choice| one)?[.!]*$", re.IGNORECASE
+)
+_MARKS = "[]{}\"'` "
+
+
+def lenient(text: str, options: Sequence[str], benchmark: str = "") -> str | None:
+    """What `strict` reads; else the letter that the last line says and no other line contradicts.
+
+    Beyond the forms of `strict` a line may be `Answer: D`, `D,`, `[D]`, `Option D is correct.`, `I choose D` and such.
+    """
+    letter = strict(text, options)
+    if letter is not None:
+        return letter
+    texts = _option_texts(tuple(options))
+    letters = [_lenient_letter(line, texts) for line in map(_plain, inside_answer(text).splitlines()) if line]
+    said = set(filter(None, letters))
+    if not letters or letters[-1] is None or len(said) > 1:
+        return None
+    return letters[-1] if letters[-1] in LETTERS[: len(options)] else None
+
+
+def _lenient_letter(line: str, texts: Sequence[str]) -> str | None:
+    verdict = _VERDICT.search(line)
+    core = line[: verdict.start()] if verdict else line
+    lead = _LEAD.match(core)
+    core = core[lead.end() :] if lead else core
+    core = core.rstrip(_TRAILING).strip(_MARKS).rstrip(_TRAILING)
+    return _line_letter(core, texts) if core else None
 
 
 @lru_cache(maxsize=4096)
@@ -114,7 +152,15 @@ def reference(text: str, options: Sequence[str] = (), benchmark: str = "") -> st
 
 EXTRACTORS: dict[str, Extractor] = {
     "strict": strict,
+    "lenient": lenient,
     "reference": reference,
     "vlmevalkit": vlmevalkit,
     "lmms-eval": lmms_eval,
+    "lmms-eval-0.7.3": lmms_eval_0_7_3,
+}
+# Of the harnesses that ask a judge model where their rules find nothing: whether they would.
+ASKS_JUDGE: dict[str, Callable[[str, Sequence[str], str], bool]] = {
+    "vlmevalkit": vlmevalkit_asks_judge,
+    "lmms-eval": lmms_eval_asks_judge,
+    "lmms-eval-0.7.3": lmms_eval_0_7_3_asks_judge,
 }

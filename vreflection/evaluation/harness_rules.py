@@ -1,8 +1,9 @@
 """What two public harnesses read out of an answer, rule by rule, their quirks included.
 
-Facts from VLMEvalKit (option and text matching of 2025, the MME-RealWorld path) and lmms-eval (its task files for
-MMVP, BLINK, V*, HR-Bench, MME-RealWorld, and the answer clean-up of its Qwen2.5-VL model). Both decode without special
-tokens, so these are dropped first. Where they would ask a judge model, the answer does not parse.
+Facts from VLMEvalKit (option and text matching of 2025, the MME-RealWorld path) and an earlier lmms-eval (its task
+files for MMVP, BLINK, V*, HR-Bench, MME-RealWorld, and the answer clean-up of its Qwen2.5-VL model); lmms-eval 0.7.3 is
+in `lmms_eval_0_7_3`. Both decode without special tokens, so these are dropped first. Where they would ask a judge
+model, the answer does not parse.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable, Sequence
 from .records import LETTERS
 
 _SPECIAL = re.compile(r"<\|[^<>|]{1,64}\|>")
+REFUSED = "Z"  # the letter both use for an answer that fits no option
 _PUNCTUATION = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
 _REFUSALS = (
     "Sorry, I can't help with images of people yet.",
@@ -20,6 +22,10 @@ _REFUSALS = (
     "I'm sorry, but without the image provided",
     "Cannot determine the answer",
 )
+
+
+def without_special_tokens(text: str) -> str:
+    return _SPECIAL.sub("", text)
 
 
 def first_closed_answer(text: str) -> str | None:
@@ -31,30 +37,50 @@ def first_closed_answer(text: str) -> str | None:
 
 def vlmevalkit(text: str, options: Sequence[str], benchmark: str = "") -> str | None:
     """VLMEvalKit with exact matching. What stands in a closed `<answer>` is the answer a model class hands over."""
-    text = _SPECIAL.sub("", text).strip()
+    text = without_special_tokens(text).strip()
     inner = first_closed_answer(text)
     if benchmark.startswith("mme-realworld"):
         return realworld_letter(text if inner is None else inner.upper())
+    return _parsed(_vlmevalkit_match(text, options))
+
+
+def vlmevalkit_asks_judge(text: str, options: Sequence[str], benchmark: str = "") -> bool:
+    """Whether VLMEvalKit would ask its judge model about this answer."""
+    text = without_special_tokens(text).strip()
+    return not benchmark.startswith("mme-realworld") and _vlmevalkit_match(text, options) is None
+
+
+def _vlmevalkit_match(text: str, options: Sequence[str]) -> str | None:
+    inner = first_closed_answer(text)
     return matched_option(text if inner is None else inner, options, last_words=4, most_text=2.0)
+
+
+def _parsed(letter: str | None) -> str | None:
+    return None if letter == REFUSED else letter
 
 
 def matched_option(
     text: str, options: Sequence[str], last_words: int | None = None, most_text: float | None = None
 ) -> str | None:
-    """The one option letter that is a word of its own, else the one option whose text occurs.
+    """The one option letter that is a word of its own, else the one option whose text occurs; `REFUSED` for a refusal.
 
     Args:
         last_words: the letter must be among that many last words. most_text: longest text in which an option's text is
             looked for, as a multiple of all options' length.
     """
     if any(refusal in text for refusal in _REFUSALS):
-        return None
+        return REFUSED
     words = text.translate(_PUNCTUATION).split()
     said = [letter for letter in LETTERS[: len(options)] if letter in words]
     if len(said) == 1 and (last_words is None or words.index(said[0]) >= len(words) - last_words):
         return said[0]
-    if not said and "Z" in words:
-        return None
+    if not said and REFUSED in words:
+        return REFUSED
+    return option_text_in(text, options, most_text)
+
+
+def option_text_in(text: str, options: Sequence[str], most_text: float | None = None) -> str | None:
+    """The letter of the one option whose text occurs in `text`, ignoring case; see `matched_option`."""
     lower = text.lower()
     if most_text is not None and len(lower) > most_text * sum(map(len, options)):
         return None
@@ -62,14 +88,14 @@ def matched_option(
     return named[0] if len(named) == 1 else None
 
 
-# The fourth and later ones ran together in the harnesses' lists, so they are never found in an answer.
-_REALWORLD_PREFIXES = ("The best answer is", "The correct answer is", "The answer is", "The answer")
+# The fifth and later ones ran together in the harnesses' lists, so they are never found in an answer.
+REALWORLD_PREFIXES = ("The best answer is", "The correct answer is", "The answer is", "The answer")
 
 
-def realworld_letter(text: str) -> str | None:
+def realworld_letter(text: str, prefixes: Sequence[str] = REALWORLD_PREFIXES) -> str | None:
     """MME-RealWorld's own rule: the first capital A to E behind the usual phrases; an empty answer is A."""
     text = text.strip()
-    for prefix in _REALWORLD_PREFIXES:
+    for prefix in prefixes:
         text = text.replace(prefix, "")
     found = re.search("[A-E]", text)
     if found:
@@ -81,9 +107,15 @@ def realworld_letter(text: str) -> str | None:
 
 def lmms_eval(text: str, options: Sequence[str], benchmark: str = "") -> str | None:
     """lmms-eval: a rule per benchmark, after its clean-up of `<think>`, `<answer>` and `\\boxed{}`."""
-    text = cleaned_of_reasoning(_SPECIAL.sub("", text))
+    text = cleaned_of_reasoning(without_special_tokens(text))
     rule = _LMMS_EVAL.get(benchmark)
-    return rule(text) if rule else matched_option(text.strip(), options)
+    return rule(text) if rule else _parsed(matched_option(text.strip(), options))
+
+
+def lmms_eval_asks_judge(text: str, options: Sequence[str], benchmark: str = "") -> bool:
+    """Whether lmms-eval would ask its judge model about this answer."""
+    text = cleaned_of_reasoning(without_special_tokens(text))
+    return benchmark not in _LMMS_EVAL and matched_option(text.strip(), options) is None
 
 
 def cleaned_of_reasoning(text: str) -> str:
@@ -130,7 +162,7 @@ _VSTAR = tuple(
 _BLINK = re.compile(r"[(\s]*([a-z])", re.IGNORECASE | re.ASCII)
 
 
-def _mmvp(text: str) -> str | None:
+def mmvp_letter(text: str) -> str | None:
     text = text.strip()
     found = next(filter(None, (pattern.search(text) for pattern in _MMVP)), None)
     return found[1].upper() if found else None
@@ -151,7 +183,7 @@ def _blink(text: str) -> str | None:
 
 
 _LMMS_EVAL: dict[str, Callable[[str], str | None]] = {
-    "mmvp": _mmvp,
+    "mmvp": mmvp_letter,
     "blink": _blink,
     "vstar": _vstar,
     "mme-realworld-lite": realworld_letter,

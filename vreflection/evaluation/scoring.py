@@ -11,7 +11,7 @@ import numpy as np
 
 from ..errors import ConfigError, DataError
 from .answer_table import UNPARSED, AnswerTable, Run, open_run, read_answers
-from .extraction import EXTRACTORS
+from .extraction import ASKS_JUDGE
 from .metrics import GROUP_SIZE, Metric, complete_groups, metrics
 from .protocol import LABEL_REVISIONS, Protocol, genuine, load_protocol
 from .records import LETTERS
@@ -24,7 +24,8 @@ class BenchmarkScore:
 
     Attributes:
         n, expected: items answered, and asked for. headline: name of the metric that stands for the benchmark.
-        unparsed: answers that did not parse; they count as wrong. beyond: letters beyond the question's options.
+        unparsed: answers that did not parse; they count as wrong. judged: answers about which the protocol's harness
+            would ask a judge model; `None` where it has none. beyond: letters beyond the question's options.
         gold_letters, predicted_letters: how often each is right, and was said.
         floor: accuracy of always saying the letter `floor_letter`.
         triggered: answers with a latent span. closed: of these, those whose spans were all closed; `None` without any.
@@ -39,6 +40,7 @@ class BenchmarkScore:
     headline: str
     metrics: list[Metric]
     unparsed: Proportion | None
+    judged: Proportion | None
     beyond: int
     gold_letters: Mapping[str, int]
     predicted_letters: Mapping[str, int]
@@ -156,7 +158,7 @@ def score_run(
     run = open_run(Path(folder))
     chosen = scoring_protocol(run, protocol)
     revision = label_revision(chosen, labels)
-    tables = [read_answers(run, name, EXTRACTORS[chosen.extractor], revision) for name in run.manifest.benchmarks]
+    tables = [read_answers(run, name, chosen.extractor, revision) for name in run.manifest.benchmarks]
     if not partial:
         refuse_missing(run, tables)
     manifest = run.manifest
@@ -190,6 +192,7 @@ def score_table(table: AnswerTable, protocol: Protocol) -> BenchmarkScore:
     return BenchmarkScore(
         table.benchmark, n, table.expected, protocol.headline.get(table.benchmark, ""), _both_labels(table),
         wilson(int((table.predicted == UNPARSED).sum()), n) if n else None,
+        wilson(int(table.judged.sum()), n) if n and protocol.extractor in ASKS_JUDGE else None,
         int((table.predicted >= table.options).sum()),
         _by_letter(table.gold), _by_letter(table.predicted[table.predicted != UNPARSED]),
         LETTERS[int(gold.argmax())] if n else "", wilson(int(gold.max()), n) if n else None,

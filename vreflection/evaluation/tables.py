@@ -119,6 +119,8 @@ def _answers(part: BenchmarkScore, labels: str) -> str:
         f"ended by: {_pairs(part.finish_reasons) or DASH}",
         _labels(part, labels),
     ]
+    if part.judged is not None:
+        lines.insert(2, f"the harness would have asked its judge model, here unparsed: {counted(part.judged)}")
     if part.incomplete_groups:
         lines.append(f"left out of what counts whole groups: {part.incomplete_groups} groups that lack answers")
     if part.torn:
