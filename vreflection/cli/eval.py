@@ -34,7 +34,9 @@ def command(
     out: Annotated[Path | None, typer.Option(help="the run's folder: run.json and raw answers; go on with it")] = None,
     data_root: Annotated[Path | None, typer.Option(help="folder that holds the benchmarks' folders")] = None,
     hub: Annotated[bool, typer.Option("--hub", help="download what is not below --data-root")] = False,
-    protocol: Annotated[str, typer.Option(help="strict, reference, vlmevalkit, lmms-eval, or a .yaml file")] = "strict",
+    protocol: Annotated[
+        str, typer.Option(help="strict, lenient, reference, vlmevalkit, lmms-eval-0.7.3, lmms-eval, or a .yaml file")
+    ] = "strict",
     shard: Annotated[str | None, typer.Option(help="this process's part, i/n from 0/n; or start with torchrun")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="first items of each benchmark, in whole groups")] = None,
     latent_steps: Annotated[int | None, typer.Option(min=0, help="per span [default: the checkpoint's]")] = None,
