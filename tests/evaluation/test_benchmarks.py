@@ -324,6 +324,9 @@ def test_vstar_files_that_are_refused(demo, tmp_path):
         ({"bbox": [[0, 0, 0, 10]]}, "box-outside", "inside 112x84"),
         ({"bbox": [[0, 0, 10]]}, "box-shape", "expected bbox as"),
         ({"bbox": []}, "box-shape", "expected bbox as"),
+        ({"bbox": [[float("nan"), 0, 10, 10]]}, "box-shape", "got [[nan, 0, 10, 10]]"),
+        ({"bbox": [[0, 0, float("inf"), 10]]}, "box-shape", "got [[0, 0, inf, 10]]"),
+        ({"bbox": [[0, 10**400, 5, 10]]}, "box-shape", "expected bbox as"),
         ([], "box-shape", "got None"),
     ):
         boxes.write_text(json.dumps(changed))
@@ -420,6 +423,7 @@ def test_archives_that_would_fill_the_memory(tmp_path):
         ("What?\n(A) rubber\n(B) cotton\n(C) kevlar\n(D) leather", "What?", ("rubber", "cotton", "kevlar", "leather")),
         ("Which (x)? (A) the (b) sign (B) none", "Which (x)?", ("the", "sign (B) none")),
         ("( a ) 1 ( B )2", "", ("1", "2")),
+        ("\uff08A\uff09 1 \uff08B) 2", "", ("1", "2")),
     ],
 )
 def test_options_in_the_text(text, question, options):
@@ -427,11 +431,12 @@ def test_options_in_the_text(text, question, options):
 
 
 def test_letters():
-    assert [letter_of(text, "row") for text in ("(b)", "B", " B. ", "( c )")] == ["B", "B", "B", "C"]
+    assert [letter_of(text, "row") for text in ("(b)", "B", " B. ", "( c )", "\uff08D\uff09")] == list("BBBCD")
     for text in ("", "AB", "(a) Open", None, 1, "\u0411"):
         with pytest.raises(DataError, match="expected one letter"):
             letter_of(text, "row")
     assert without_letter("(B)Left", 1, "row") == "Left" and without_letter("Left", 1, "row") == "Left"
+    assert without_letter("\uff08B\uff09 Left", 1, "row") == without_letter("(B\uff09Left", 1, "row") == "Left"
 
 
 def test_picture_limits(demo):

@@ -1,4 +1,7 @@
-"""Options and right letters as the benchmarks write them: `(a) Open (b) Closed`, `(A) rubber\\n(B) cotton`, `(B)`."""
+"""Options and right letters as the benchmarks write them: `(a) Open (b) Closed`, `(A) rubber\\n(B) cotton`, `(B)`.
+
+Brackets may be full-width ones, as in a few rows of MME-RealWorld.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,8 @@ from ...errors import DataError
 from ..records import LETTERS
 from .source import REPAIR
 
-_MARK = re.compile(r"\(\s*([A-Za-z])\s*\)")
-_ONE = re.compile(r"\s*\(?\s*([A-Za-z])\s*\)?\s*\.?\s*")
+_MARK = re.compile(r"[(\uff08]\s*([A-Za-z])\s*[)\uff09]")
+_ONE = re.compile(r"\s*[(\uff08]?\s*([A-Za-z])\s*[)\uff09]?\s*\.?\s*")
 
 
 def split_lettered(text: str, source: str) -> tuple[str, tuple[str, ...]]:

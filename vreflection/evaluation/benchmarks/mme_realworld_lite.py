@@ -14,13 +14,12 @@ from typing import Any
 
 from PIL import Image
 
-from ...data.images import resolve_image_path
 from ...data.json_list import scan_json_list
 from ...errors import DataError
 from ..fingerprints import bytes_digest, file_digest, listing_digest
 from ..records import Item
 from .choices import letter_of, without_letter
-from .pictures import Opener, decode_picture, picture_file
+from .pictures import Opener, decode_picture, picture_file, picture_path
 from .source import REPAIR, Contents, Source, Spec, check_columns
 from .zip_images import ZipImages
 
@@ -54,7 +53,7 @@ def read(folder: Path, max_pixels: int) -> Contents:
     else:
         find = partial(_in_folders, folder, max_pixels)
         names = sorted({row["Image"] for row in rows if isinstance(row, dict) and isinstance(row.get("Image"), str)})
-        files["images"] = listing_digest([_path(folder, name) for name in names], folder)
+        files["images"] = listing_digest([_path(folder, name, str(table)) for name in names], folder)
     items = [_item(row, find, f"{table}:{number}") for number, row in enumerate(rows, start=1)]
     first: dict[tuple[str, ...], int] = {}
     for place, item in enumerate(items):
@@ -95,14 +94,14 @@ def _in_archive(archive: ZipImages, max_pixels: int, name: str, source: str) -> 
 
 
 def _in_folders(folder: Path, max_pixels: int, name: str, source: str) -> Opener:
-    return picture_file(_path(folder, name), max_pixels)
+    return picture_file(_path(folder, name, source), max_pixels)
 
 
 def _image_folders(folder: Path) -> list[Path]:
     return [path for path in (folder / "data" / "imgs", folder / "imgs") if path.is_dir()]
 
 
-def _path(folder: Path, name: str) -> Path:
+def _path(folder: Path, name: str, source: str) -> Path:
     """Where an unpacked image lies; it never leaves the benchmark's folder."""
     roots = _image_folders(folder)
     if not roots:
@@ -111,7 +110,7 @@ def _path(folder: Path, name: str) -> Path:
             f"expected {ARCHIVE} or the folder data/imgs or imgs, got none; {SPEC.source.how_to_get()}",
             str(folder),
         )
-    return resolve_image_path(roots[0], "", name)
+    return picture_path(roots[0], name, source)
 
 
 SPEC = Spec(

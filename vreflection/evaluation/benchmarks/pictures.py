@@ -2,20 +2,53 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from PIL import Image
 
 from ...data.images import decode_image, open_image
 from ...data.pixels import ImageView
+from ...errors import DataError
+from .source import REPAIR, revision_of
 
 Opener = Callable[[], Image.Image]
 # Gold boxes are in stored pixels, and published numbers were made from them. Kept in a run's manifest.
 IMAGE_VIEW: ImageView = "stored"
 _LIMIT = threading.RLock()
+
+
+def picture_path(folder: Path, name: str, source: str) -> Path:
+    """Where the image `name` of a row lies below the benchmark's folder.
+
+    It never leaves that folder, not even through links; a snapshot in the hub's cache may link to that cache's files.
+
+    Args:
+        name: relative path in the row. source: the row, for messages.
+
+    Raises:
+        DataError: `path-escape` or `image-missing`.
+    """
+    parts = PurePosixPath(name).parts
+    if not parts or name.startswith("/") or ".." in parts:
+        raise DataError("path-escape", f"expected a relative name without '..', got {name!r}; {REPAIR}", source)
+    path = folder / name
+    if not os.path.isfile(path):
+        raise DataError("image-missing", f"expected {name!r} in {folder}, got none; {REPAIR}", source)
+    roots = [os.path.realpath(folder)]
+    if revision_of(folder):
+        roots.append(os.path.realpath(Path(os.path.abspath(folder)).parents[1] / "blobs"))
+    real = os.path.realpath(path)
+    if not any(os.path.commonpath((root, real)) == root for root in roots):
+        raise DataError(
+            "path-escape",
+            f"expected {name!r} to stay inside {roots[0]}, got a link to {real}; copy the files there",
+            source,
+        )
+    return path
 
 
 def picture_file(path: Path, max_pixels: int) -> Opener:

@@ -10,12 +10,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...data.images import image_size, resolve_image_path
+from ...data.images import image_size
 from ...errors import DataError
 from ..fingerprints import file_digest, listing_digest
 from ..records import Item
 from .choices import letter_of, split_lettered
-from .pictures import IMAGE_VIEW, library_limit, picture_file
+from .pictures import IMAGE_VIEW, library_limit, picture_file, picture_path
 from .source import REPAIR, Contents, Source, Spec, check_columns
 
 QUESTIONS = "test_questions.jsonl"
@@ -32,7 +32,7 @@ def read(folder: Path, max_pixels: int) -> Contents:
     for number, row in enumerate(_rows(table), start=1):
         source = f"{table}:{number}"
         question, options = split_lettered(row["text"].strip().removesuffix(ASKS), source)
-        path = resolve_image_path(folder, "", row["image"])
+        path = picture_path(folder, row["image"], source)
         with library_limit(max_pixels):
             size = image_size(path, max_pixels, view=IMAGE_VIEW)
         boxes = path.with_suffix(".json")
@@ -112,7 +112,8 @@ def read_boxes(path: Path, size: tuple[int, int]) -> tuple[Box, ...]:
 
 def _four_numbers(box: Any) -> bool:
     numbers = isinstance(box, Sequence) and len(box) == 4
-    return numbers and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in box)
+    # JSON as Python reads it has NaN and infinity.
+    return numbers and all(isinstance(v, (int, float)) and not isinstance(v, bool) and abs(v) < 1e9 for v in box)
 
 
 SPEC = Spec(
