@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import OrderedDict
 from typing import Any
 
 from torch import nn
@@ -23,7 +23,9 @@ def _count(*_) -> None:
 register_optimizer_step_post_hook(_count)
 
 
-SCALARS = (int, float, bool, str)
+# By exact type, as this is asked of every module before every first token.
+SCALARS = frozenset({int, float, bool, str})
+LISTS, SETS, TABLES = frozenset({list, tuple}), frozenset({set, frozenset}), frozenset({dict, OrderedDict})
 # What every module has: registries, which are looked at by themselves, and the mode, which decoding sets anyway.
 OWN_ATTRIBUTES = frozenset(nn.Module().__dict__)
 
@@ -48,8 +50,13 @@ class WeightWatch:
                 places.append((id(part), *hooks, id(part.__dict__.get("forward"))))
             attributes = part.__dict__
             if len(attributes) > len(OWN_ATTRIBUTES):
-                plain = [value for name, value in attributes.items() if name not in OWN_ATTRIBUTES]
-                places.append([value if type(value) in SCALARS else settings(value) for value in plain])
+                places.append(
+                    [
+                        value if type(value) in SCALARS else settings(value)
+                        for name, value in attributes.items()
+                        if name not in OWN_ATTRIBUTES
+                    ]
+                )
             for tensor in (*part._parameters.values(), *part._buffers.values()):
                 if tensor is not None:
                     places.append((id(tensor), tensor.data_ptr()))
@@ -68,13 +75,14 @@ class WeightWatch:
 
 def settings(value: Any) -> Any:
     """A copy of a plain value, of lists and tables of such; None for anything else."""
-    if isinstance(value, SCALARS):
+    kind = type(value)
+    if kind in SCALARS:
         return value
-    if isinstance(value, (list, tuple)):
+    if kind in LISTS:
         return [settings(entry) for entry in value]
-    if isinstance(value, (set, frozenset)):
+    if kind in SETS:
         return set(value)
-    if isinstance(value, Mapping):
+    if kind in TABLES:
         return {key: settings(entry) for key, entry in value.items()}
     return None
 
