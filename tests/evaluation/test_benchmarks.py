@@ -197,7 +197,13 @@ def test_units_keep_groups_and_images_together(demo_root):
 
 
 def test_missing_folders_and_unknown_names(demo_root, tmp_path):
-    refused("mmvp", tmp_path, "benchmark-missing", "expected Questions.csv in one of", "hf download MMVP/MMVP")
+    refused(
+        "mmvp",
+        tmp_path,
+        "benchmark-missing",
+        "expected Questions.csv or data/train-*.parquet in one of",
+        "hf download MMVP/MMVP",
+    )
     refused("blink", tmp_path, "benchmark-missing", "--revision a3666eb249237ba3d5eca8db21176cc47967e040")
     with pytest.raises(ConfigError, match="expected some of mmvp, blink"):
         load("mmmu", demo_root)

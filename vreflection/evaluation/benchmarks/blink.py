@@ -6,14 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from ...errors import DataError
 from ..fingerprints import file_digest
 from ..records import Item
 from .choices import letter_of
-from .parquet_rows import RowReader, column_types, read_columns
-from .pictures import Opener, decode_picture
+from .mirrors import check_image_column, image_in_row
+from .parquet_rows import RowReader, read_columns
 from .source import REPAIR, Contents, Source, Spec
 
 TASKS = {
@@ -41,7 +39,7 @@ def read(folder: Path, max_pixels: int) -> Contents:
     for task in TASKS:
         path = folder / task / FILE
         reader = RowReader(path, IMAGES)
-        images = _images_per_row(path)
+        images = _images_per_row(path, reader)
         for number, row in enumerate(read_columns(path, TEXT, others=IMAGES)):
             items.append(_item(task, row, number, images[number], reader, max_pixels))
         files[f"{task}/{FILE}"] = file_digest(path)
@@ -61,36 +59,31 @@ def _item(task: str, row: Mapping[str, Any], number: int, images: int, reader: R
         gold={"original": letter_of(row["answer"], source)},
         labels={"task": task},
         group=name,
-        images=tuple(_opener(reader, number, column, max_pixels) for column in IMAGES[:images]),
+        images=tuple(image_in_row(reader, number, column, max_pixels) for column in IMAGES[:images]),
         image_keys=tuple(f"blink:{name}:{column}" for column in IMAGES[:images]),
         prompt=(row["prompt"] or "").strip(),
     )
 
 
-def _opener(reader: RowReader, number: int, column: str, max_pixels: int) -> Opener:
-    def opened() -> Image.Image:
-        value = reader.row(number)[column] or {}
-        return decode_picture(value.get("bytes") or b"", f"{reader.path}:{number}:{column}", max_pixels)
-
-    return opened
-
-
-def _images_per_row(path: Path) -> list[int]:
+def _images_per_row(path: Path, reader: RowReader) -> list[int]:
     """How many images each row has, read from the images' paths, which are small.
+
+    An absent image is a null, or a struct of nulls; only an image without a path is looked at itself.
 
     Raises:
         DataError: `file-columns` where images are not stored as bytes, `image-count` where one is left out.
     """
-    kinds = column_types(path)
     for column in IMAGES:
-        kind = kinds.get(column, "none")
-        if not kind.startswith("struct<") or "bytes: binary" not in kind or "path: string" not in kind:
-            raise DataError(
-                "file-columns", f"expected {column} as a struct of bytes and path, got {kind}; {REPAIR}", str(path)
-            )
+        check_image_column(path, column)
+
+    def is_there(number: int, column: str, value: Mapping[str, Any] | None) -> bool:
+        if value is None:
+            return False
+        return value["path"] is not None or (reader.row(number)[column] or {}).get("bytes") is not None
+
     counts = []
     for number, row in enumerate(read_columns(path, [f"{column}.path" for column in IMAGES])):
-        there = [row[column] is not None for column in IMAGES]
+        there = [is_there(number, column, row[column]) for column in IMAGES]
         if there != sorted(there, reverse=True) or not any(there):
             raise DataError(
                 "image-count", f"expected image_1, image_2, … without gaps, got {there}; {REPAIR}", f"{path}:{number}"

@@ -1,4 +1,5 @@
-"""HR-Bench 4K and 8K: 200 questions each, asked four times with rotated options; base64 images in one Parquet file.
+"""HR-Bench 4K and 8K: 200 questions each, asked four times with rotated options; base64 images in one Parquet file, or
+in one of tabs.
 
 An 8K image is 100 MB once decoded. Rows are read one at a time, and the four rotations of a question share one image.
 """
@@ -22,6 +23,7 @@ from .choices import letter_of
 from .parquet_rows import RowReader, read_columns
 from .pictures import Opener, decode_picture
 from .source import REPAIR, Contents, Source, Spec
+from .tsv_rows import TsvRows
 
 LETTERS = "ABCD"
 TEXT = ("index", "question", "answer", "category", *LETTERS, "cycle_category")
@@ -30,21 +32,30 @@ CYCLES = ("0", "1", "2", "3")
 
 def read(folder: Path, max_pixels: int, name: str, file: str) -> Contents:
     """Items question by question: four rotations side by side, on the image of the first of them in the file."""
-    path = folder / file
-    rows = read_columns(path, TEXT, others=("image",))
-    reader = RowReader(path, ("image",))
+    path = next((folder / other for other in (file, tsv_of(file)) if (folder / other).is_file()), folder / file)
+    if path.suffix == ".tsv":
+        reader = TsvRows(path, TEXT, ("image",))
+        rows = reader.texts
+    else:
+        rows = read_columns(path, TEXT, others=("image",))
+        reader = RowReader(path, ("image",))
     items = []
     for numbers in rotations(rows, path):
         opener = image_opener(reader, numbers, max_pixels)
         group = str(rows[numbers[0]]["index"])
         items += [_item(name, rows[number], group, opener, f"{path}:{number}") for number in numbers]
-    return Contents(items, {file: file_digest(path)})
+    return Contents(items, {path.name: file_digest(path)})
+
+
+def tsv_of(file: str) -> str:
+    """Name of the same table as tab-separated text."""
+    return f"{Path(file).stem}.tsv"
 
 
 def _item(name: str, row: dict[str, Any], group: str, opener: Opener, source: str) -> Item:
     if row["category"] not in ("single", "cross"):
         raise DataError("row-shape", f"expected category single or cross, got {row['category']!r}; {REPAIR}", source)
-    if any(row[key] is None for key in (*LETTERS, "question")):
+    if any(row[key] in (None, "") for key in (*LETTERS, "question")):
         raise DataError("row-options", f"expected a question and four options, got {row}; {REPAIR}", source)
     return Item(
         benchmark=name,
@@ -92,7 +103,7 @@ def rotations(rows: Sequence[dict[str, Any]], path: Path) -> list[list[int]]:
     return sorted(found)
 
 
-def image_opener(reader: RowReader, numbers: Sequence[int], max_pixels: int) -> Opener:
+def image_opener(reader: RowReader | TsvRows, numbers: Sequence[int], max_pixels: int) -> Opener:
     """Opens the image of the first of these rows; neighbouring rows are compared with it, byte for byte."""
     first, checked = numbers[0], False
 
@@ -115,14 +126,15 @@ def image_opener(reader: RowReader, numbers: Sequence[int], max_pixels: int) -> 
 
 
 def decoded(text: Any, source: str) -> bytes:
-    """The bytes of a base64 text.
+    """The bytes of a base64 text, which may be wrapped into lines.
 
     Raises:
         DataError: `not-an-image`.
     """
     try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, TypeError, ValueError) as error:
+        encoded = text.encode("ascii") if isinstance(text, str) else text
+        return base64.b64decode(b"".join(encoded.split()), validate=True)
+    except (binascii.Error, AttributeError, TypeError, ValueError) as error:
         raise DataError("not-an-image", f"expected an image as base64, got {error}; {REPAIR}", source) from None
 
 
@@ -133,7 +145,7 @@ def _spec(name: str, file: str) -> Spec:
         source=Source(
             hub="DreamMr/HR-Bench",
             folders=("HR-Bench", "HR_Bench", "hrbench"),
-            markers=(file,),
+            markers=(file, tsv_of(file)),
             patterns=(file,),
         ),
         read=read_file,

@@ -20,7 +20,8 @@ class Source:
     Attributes:
         hub: id of the data set. revision: commit whose files the counts were taken from, where one is known.
         folders: names its folder may have below the data root. markers: one of these files lies in it.
-        patterns: files to download. licence: what its card says where that restricts its use.
+        patterns: files to download. mirrors: patterns of the files of another form of the data set, read as well.
+        licence: what its card says where that restricts its use.
     """
 
     hub: str
@@ -29,6 +30,7 @@ class Source:
     patterns: tuple[str, ...]
     revision: str | None = None
     licence: str = ""
+    mirrors: tuple[str, ...] = ()
 
     def how_to_get(self) -> str:
         pinned = f" --revision {self.revision}" if self.revision else ""
@@ -92,13 +94,15 @@ def find_folder(spec: Spec, root: Path) -> Path:
     """
     source = spec.source
     candidates = [root, *(root / name for name in source.folders)]
-    for folder in candidates:
-        if any((folder / marker).exists() for marker in source.markers):
-            return folder
+    # A mirror's file names say little: only where the distributed files are in none of the folders.
+    for patterns in (source.markers, source.mirrors):
+        for folder in candidates:
+            if any(next(folder.glob(pattern), None) for pattern in patterns):
+                return folder
     raise DataError(
         "benchmark-missing",
-        f"{spec.name}: expected {' or '.join(source.markers)} in one of {', '.join(map(str, candidates))}, got none; "
-        f"get it with: {source.how_to_get()}",
+        f"{spec.name}: expected {' or '.join((*source.markers, *source.mirrors))} in one of "
+        f"{', '.join(map(str, candidates))}, got none; get it with: {source.how_to_get()}",
     )
 
 

@@ -1,6 +1,7 @@
 """V*: 191 questions on small things in large photographs, with gold boxes.
 
 `test_questions.jsonl`, images by relative path, and beside each image a JSON file of the same stem with its boxes.
+Mirrors have the rows and `image` in Parquet files, without boxes.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from ...errors import DataError
 from ..fingerprints import file_digest, listing_digest
 from ..records import Item
 from .choices import letter_of, split_lettered
-from .pictures import IMAGE_VIEW, library_limit, picture_file, picture_path
+from .mirrors import digests, mirror_files, mirror_rows
+from .pictures import IMAGE_VIEW, Opener, library_limit, picture_file, picture_path
 from .source import REPAIR, Contents, Source, Spec, check_columns
 
 QUESTIONS = "test_questions.jsonl"
 KEYS = ("image", "text", "category", "label", "question_id")
+MIRROR = "data/test-*.parquet"
 # Stands after the options in every row; a protocol asks in its own words.
 ASKS = "Answer with the option's letter from the given choices directly."
 Box = tuple[float, float, float, float]
@@ -28,31 +31,45 @@ Box = tuple[float, float, float, float]
 def read(folder: Path, max_pixels: int) -> Contents:
     """Items with options taken out of the text and boxes as shares of the image."""
     table = folder / QUESTIONS
+    if not table.is_file():
+        return _read_mirror(folder, max_pixels)
     items, files = [], []
     for number, row in enumerate(_rows(table), start=1):
         source = f"{table}:{number}"
-        question, options = split_lettered(row["text"].strip().removesuffix(ASKS), source)
         path = picture_path(folder, row["image"], source)
         with library_limit(max_pixels):
             size = image_size(path, max_pixels, view=IMAGE_VIEW)
         boxes = path.with_suffix(".json")
-        name = f"{row['category']}/{row['question_id']}"
-        items.append(
-            Item(
-                benchmark="vstar",
-                id=name,
-                question=question,
-                options=options,
-                gold={"original": letter_of(row["label"], source)},
-                labels={"category": row["category"]},
-                group=name,
-                images=(picture_file(path, max_pixels),),
-                image_keys=(f"vstar:{row['image']}",),
-                boxes=read_boxes(boxes, size),
-            )
-        )
+        image = picture_file(path, max_pixels)
+        items.append(_item(row, image, f"vstar:{row['image']}", source, read_boxes(boxes, size)))
         files += [path, boxes]
     return Contents(items, {QUESTIONS: file_digest(table), "images and boxes": listing_digest(files, folder)})
+
+
+def _read_mirror(folder: Path, max_pixels: int) -> Contents:
+    files = mirror_files(folder, MIRROR)
+    items = []
+    for row in mirror_rows(list(files.values()), KEYS[1:], max_pixels):
+        texts = _row({"image": row.source, **row.texts}, row.source)
+        items.append(_item(texts, row.image, f"vstar:{texts['category']}/{texts['question_id']}", row.source))
+    return Contents(items, digests(files))
+
+
+def _item(row: Mapping[str, Any], image: Opener, key: str, source: str, boxes: tuple[Box, ...] = ()) -> Item:
+    question, options = split_lettered(row["text"].strip().removesuffix(ASKS), source)
+    name = f"{row['category']}/{row['question_id']}"
+    return Item(
+        benchmark="vstar",
+        id=name,
+        question=question,
+        options=options,
+        gold={"original": letter_of(row["label"], source)},
+        labels={"category": row["category"]},
+        group=name,
+        images=(image,),
+        image_keys=(key,),
+        boxes=boxes,
+    )
 
 
 def _rows(table: Path) -> list[dict[str, Any]]:
@@ -120,9 +137,10 @@ SPEC = Spec(
     name="vstar",
     source=Source(
         hub="craigwu/vstar_bench",
-        folders=("vstar_bench", "vstar"),
+        folders=("vstar_bench", "vstar", "vstar-bench"),
         markers=(QUESTIONS,),
         patterns=(QUESTIONS, "direct_attributes/*", "relative_position/*"),
+        mirrors=(MIRROR,),
     ),
     read=read,
     rows=191,
