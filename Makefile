@@ -31,7 +31,7 @@ test-kernels: $(INSTALLED)
 # The real lmms-eval, laid over the environment: what it needs beside torch and transformers is of no use to the package.
 test-harnesses: $(HARNESSES)/.installed
 	PYTHONPATH=$(HARNESSES) $(BIN)/python -c 'import lmms_eval'
-	OMP_NUM_THREADS=1 PYTHONPATH=$(abspath $(HARNESSES)) $(BIN)/python -m pytest -q $(PYTEST_ARGS) tests/harnesses
+	OMP_NUM_THREADS=1 PYTHONPATH=$(abspath $(HARNESSES)) $(BIN)/python -m pytest -q $(PYTEST_ARGS) tests/harnesses tests/serving/test_harness_client.py
 
 $(HARNESSES)/.installed: tests/harnesses/requirements.txt $(INSTALLED)
 	rm -rf $(HARNESSES)
