@@ -90,6 +90,8 @@ def cache(model, processor, samples):
         ("<answer> cut off", "cut off"),
         ("<answer> a </answer> no, <answer> b </answer>", "b"),
         ("<answer></answer>", ""),
+        ("<answer> a <answer> b </answer></answer>", "b"),
+        ("İ <Answer> B </ANSWER>", "B"),
         ("red", None),
         ("</answer>", None),
         ("", None),

@@ -29,13 +29,24 @@ _IMAGE_PATTERN = re.compile(rf"\n?{re.escape(IMAGE_PLACEHOLDER)}\n?")
 _DROPPED_LATENT_PATTERN = re.compile(rf"{re.escape(LATENT_PLACEHOLDER)}\n?")
 
 
-ANSWER = re.compile(r"<answer>(.*?)(?:</answer>|$)", re.DOTALL)
+_OPEN, _CLOSE = (re.compile(tag, re.IGNORECASE | re.ASCII) for tag in ("<answer>", "</answer>"))
+
+
+def answer_range(text: str) -> slice | None:
+    """Where the text inside the last `<answer>` lies, closed or not, in any case; `None` when there is none."""
+    start = None
+    for opening in _OPEN.finditer(text):
+        start = opening.end()
+    if start is None:
+        return None
+    closing = _CLOSE.search(text, start)
+    return slice(start, closing.start() if closing else len(text))
 
 
 def extract_answer(text: str) -> str | None:
     """Text inside the last `<answer>` (closed or not), stripped; `None` when there is none."""
-    answers = ANSWER.findall(text)
-    return answers[-1].strip() if answers else None
+    inside = answer_range(text)
+    return None if inside is None else text[inside].strip()
 
 
 @dataclass(frozen=True, slots=True)

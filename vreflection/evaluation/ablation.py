@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save
 
 from ..data.atomic import atomic_write
-from ..data.template import extract_answer
+from ..data.template import answer_range
 from ..engine.decoder import LatentDecoder
 from ..engine.requests import Generation, Prompt
 from ..errors import CheckpointError, ConfigError
@@ -360,15 +360,14 @@ def answer_places(ids: Sequence[int], processor: VReflectionProcessor) -> list[i
     first = ends[-1] + 1 if ends else 0
     texts = [processor.decode(ids[: place + 1]) for place in range(len(ids))]
     whole = texts[-1] if texts else ""
-    if extract_answer(whole):
-        start = whole.rindex("<answer>") + len("<answer>")
-        close = whole.find("</answer>", start)
-        stop = len(whole) if close < 0 else close
+    answer = answer_range(whole)
+    if answer is not None and whole[answer].strip():
+        start, stop = answer.start, answer.stop
         before = ["", *texts[:-1]]
         inside = [
             place
             for place in range(first, len(ids))
-            if len(texts[place]) > start and len(before[place]) < stop and whole[start:stop].strip()
+            if len(texts[place]) > start and len(before[place]) < stop
             and texts[place][max(len(before[place]), start) : stop].strip()
         ]  # fmt: skip
         if inside:

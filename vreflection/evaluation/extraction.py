@@ -12,13 +12,13 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
+from ..data.template import answer_range
 from .harness_rules import lmms_eval, lmms_eval_asks_judge, vlmevalkit, vlmevalkit_asks_judge
 from .lmms_eval_0_7_3 import lmms_eval_0_7_3, lmms_eval_0_7_3_asks_judge
 from .records import LETTERS
 
 Extractor = Callable[[str, Sequence[str], str], str | None]
 
-_OPEN, _CLOSE = (re.compile(tag, re.IGNORECASE | re.ASCII) for tag in ("<answer>", "</answer>"))
 _SPECIAL = re.compile(r"<\|[^<>|]{1,64}\|>")
 _TURN_ENDS = ("<|im_end|>", "<|endoftext|>")
 _EMPHASIS = str.maketrans("", "", "*_")
@@ -34,13 +34,8 @@ _NAMED = re.compile(r"\(([A-Za-z])\)|\b[Oo]ption ([A-Za-z])\b|\b([B-HJ-Z])\b")
 
 def inside_answer(text: str) -> str:
     """Text inside the last `<answer>`, closed or not; the whole text where there is none."""
-    opened = None
-    for found in _OPEN.finditer(text):
-        opened = found
-    if opened is None:
-        return text
-    closed = _CLOSE.search(text, opened.end())
-    return text[opened.end() : closed.start() if closed else None]
+    inside = answer_range(text)
+    return text if inside is None else text[inside]
 
 
 def strict(text: str, options: Sequence[str], benchmark: str = "") -> str | None:
