@@ -100,9 +100,9 @@ def _option_texts(options: tuple[str, ...]) -> tuple[str, ...]:
 
 def _line_letter(line: str, texts: Sequence[str]) -> str | None:
     lower = line.lower()
-    found = _LONE.fullmatch(lower) or _PHRASE.fullmatch(lower)
-    if found:
-        return (found[1] or found[2]).upper()
+    match = _LONE.fullmatch(lower) or _PHRASE.fullmatch(lower)
+    if match:
+        return (match[1] or match[2]).upper()
     led = _LED.match(lower)
     if led is None:
         folded = _folded(line)
@@ -141,8 +141,8 @@ def reference(text: str, options: Sequence[str] = (), benchmark: str = "") -> st
     inner = inside_answer(text).rstrip()
     for end in _TURN_ENDS:  # no part of the answer
         inner = inner.removesuffix(end).rstrip()
-    found = _FIRST_A_TO_E.search(inner)
-    return found[0].upper() if found else None
+    match = _FIRST_A_TO_E.search(inner)
+    return match[0].upper() if match else None
 
 
 EXTRACTORS: dict[str, Extractor] = {

@@ -97,9 +97,9 @@ def realworld_letter(text: str, prefixes: Sequence[str] = REALWORLD_PREFIXES) ->
     text = text.strip()
     for prefix in prefixes:
         text = text.replace(prefix, "")
-    found = re.search("[A-E]", text)
-    if found:
-        return found[0]
+    match = re.search("[A-E]", text)
+    if match:
+        return match[0]
     if len(text.split()) > 10:
         return None
     return next((letter for letter in "ABCDE" if text.lower() in f"({letter})".lower()), None)
@@ -164,22 +164,22 @@ _BLINK = re.compile(r"[(\s]*([a-z])", re.IGNORECASE | re.ASCII)
 
 def mmvp_letter(text: str) -> str | None:
     text = text.strip()
-    found = next(filter(None, (pattern.search(text) for pattern in _MMVP)), None)
-    return found[1].upper() if found else None
+    match = next(filter(None, (pattern.search(text) for pattern in _MMVP)), None)
+    return match[1].upper() if match else None
 
 
 def _vstar(text: str) -> str | None:
     text = text.strip().upper()
-    found = next(filter(None, (pattern.search(text) for pattern in _VSTAR)), None)
-    if found:
-        return found[1]
+    match = next(filter(None, (pattern.search(text) for pattern in _VSTAR)), None)
+    if match:
+        return match[1]
     letters = re.findall("[A-D]", text)
     return letters[0] if len(letters) == 1 else None
 
 
 def _blink(text: str) -> str | None:
-    found = _BLINK.match(text.strip())
-    return found[1].upper() if found else None
+    match = _BLINK.match(text.strip())
+    return match[1].upper() if match else None
 
 
 _LMMS_EVAL: dict[str, Callable[[str], str | None]] = {

@@ -206,11 +206,11 @@ def score_table(table: AnswerTable, protocol: Protocol) -> BenchmarkScore:
 
 def _both_labels(table: AnswerTable) -> list[Metric]:
     """The metrics; where corrected labels differ, also those under the revision that does not count."""
-    found = metrics(table)
+    rows = metrics(table)
     if table.corrected:
         (other,) = set(LABEL_REVISIONS) - {table.revision}
-        found += [replace(metric, name=f"{metric.name}, {other} labels") for metric in metrics(table.labelled(other))]
-    return found
+        rows += [replace(metric, name=f"{metric.name}, {other} labels") for metric in metrics(table.labelled(other))]
+    return rows
 
 
 def _by_letter(codes: np.ndarray) -> dict[str, int]:

@@ -54,7 +54,7 @@ def letter_of(text: object, source: str) -> str:
     Raises:
         DataError: `row-answer` where it is anything else.
     """
-    found = _ONE.fullmatch(text) if isinstance(text, str) else None
-    if found is None:
+    match = _ONE.fullmatch(text) if isinstance(text, str) else None
+    if match is None:
         raise DataError("row-answer", f"expected one letter, got {text!r}; {REPAIR}", source)
-    return found[1].upper()
+    return match[1].upper()

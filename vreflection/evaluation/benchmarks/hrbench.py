@@ -90,7 +90,7 @@ def rotations(rows: Sequence[dict[str, Any]], path: Path) -> list[list[int]]:
     for number, row in enumerate(rows):
         key = (row["question"], row["category"], *sorted(str(row[letter]) for letter in LETTERS))
         alike[key][cycle_of(row, f"{path}:{number}")].append(number)
-    found = []
+    groups = []
     for key, cycles in alike.items():
         counts = [len(cycles[cycle]) for cycle in CYCLES]
         if len(set(counts)) > 1:
@@ -99,8 +99,8 @@ def rotations(rows: Sequence[dict[str, Any]], path: Path) -> list[list[int]]:
                 f"expected four rotations of {key[0]!r}, got {counts} rows of the cycles 0 to 3; {REPAIR}",
                 str(path),
             )
-        found += [sorted(numbers) for numbers in zip(*(cycles[cycle] for cycle in CYCLES), strict=True)]
-    return sorted(found)
+        groups += [sorted(numbers) for numbers in zip(*(cycles[cycle] for cycle in CYCLES), strict=True)]
+    return sorted(groups)
 
 
 def image_opener(reader: RowReader | TsvRows, numbers: Sequence[int], max_pixels: int) -> Opener:

@@ -88,7 +88,7 @@ def _rows(table: Path) -> dict[int, dict[str, str]]:
         raise DataError("file-not-csv", f"expected UTF-8 CSV, got {error}; {REPAIR}", str(table)) from None
     lines = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True)
     check_columns([(name or "").strip() for name in lines.fieldnames or ()], COLUMNS, table)
-    found: dict[int, dict[str, str]] = {}
+    rows: dict[int, dict[str, str]] = {}
     for number, line in enumerate(lines, start=2):
         row = {(name or "").strip(): value for name, value in line.items()}
         source = f"{table}:{number}"
@@ -97,10 +97,10 @@ def _rows(table: Path) -> dict[int, dict[str, str]]:
         if not row["Index"].strip().isascii() or not row["Index"].strip().isdigit():
             raise DataError("row-shape", f"expected a number as Index, got {row['Index']!r}; {REPAIR}", source)
         index = int(row["Index"])
-        if index in found:
+        if index in rows:
             raise DataError("row-duplicate", f"expected each Index once, got {index} again; {REPAIR}", source)
-        found[index] = row
-    return dict(sorted(found.items()))
+        rows[index] = row
+    return dict(sorted(rows.items()))
 
 
 SPEC = Spec(

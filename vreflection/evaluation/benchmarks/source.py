@@ -166,11 +166,11 @@ def counts_verified(spec: Spec, items: Sequence[Item], folder: Path, allow_other
     Raises:
         DataError: `benchmark-rows` where they are not and `allow_other` is off.
     """
-    found = Counter(item.labels[spec.count_label] for item in items) if spec.counts else Counter()
+    counts = Counter(item.labels[spec.count_label] for item in items) if spec.counts else Counter()
     wrong = [
-        f"{value}: {spec.counts.get(value, 0)} expected, {found[value]} found"
-        for value in (*spec.counts, *(value for value in found if value not in spec.counts))
-        if found[value] != spec.counts.get(value, 0)
+        f"{value}: {spec.counts.get(value, 0)} expected, {counts[value]} found"
+        for value in (*spec.counts, *(value for value in counts if value not in spec.counts))
+        if counts[value] != spec.counts.get(value, 0)
     ]
     if len(items) == spec.rows and not wrong:
         return True
@@ -185,13 +185,13 @@ def counts_verified(spec: Spec, items: Sequence[Item], folder: Path, allow_other
     )
 
 
-def check_columns(found: Sequence[str], needed: Sequence[str], source: Path) -> None:
+def check_columns(names: Sequence[str], needed: Sequence[str], source: Path) -> None:
     """Raise `DataError` `file-columns` where columns are missing."""
-    missing = [name for name in needed if name not in found]
+    missing = [name for name in needed if name not in names]
     if missing:
         raise DataError(
             "file-columns",
-            f"expected the columns {', '.join(needed)}, got {', '.join(found) or 'none'} (missing: "
+            f"expected the columns {', '.join(needed)}, got {', '.join(names) or 'none'} (missing: "
             f"{', '.join(missing)}); {REPAIR}",
             str(source),
         )

@@ -73,19 +73,19 @@ def _item(row: Mapping[str, Any], image: Opener, key: str, source: str, boxes: t
 
 
 def _rows(table: Path) -> list[dict[str, Any]]:
-    found = []
+    rows = []
     try:
         with table.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
-                    found.append(_row(json.loads(line), f"{table}:{number}"))
+                    rows.append(_row(json.loads(line), f"{table}:{number}"))
     except (OSError, ValueError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(
             "file-not-json", f"expected one JSON object per line, got {error}; {REPAIR}", str(table)
         ) from None
-    return found
+    return rows
 
 
 def _row(row: Any, source: str) -> dict[str, Any]:
@@ -116,15 +116,17 @@ def read_boxes(path: Path, size: tuple[int, int]) -> tuple[Box, ...]:
     if not isinstance(boxes, list) or not boxes or not all(_four_numbers(box) for box in boxes):
         raise DataError("box-shape", f"expected bbox as [[x, y, width, height], …], got {boxes!r}; {REPAIR}", str(path))
     width, height = size
-    found = []
+    shares = []
     for x, y, w, h in boxes:
         # One pixel of rounding is forgiven.
         if min(x, y) < -1 or min(w, h) <= 0 or x + w > width + 1 or y + h > height + 1:
             raise DataError(
                 "box-outside", f"expected boxes inside {width}x{height} px, got {[x, y, w, h]}; {REPAIR}", str(path)
             )
-        found.append((max(x / width, 0.0), max(y / height, 0.0), min((x + w) / width, 1.0), min((y + h) / height, 1.0)))
-    return tuple(found)
+        shares.append(
+            (max(x / width, 0.0), max(y / height, 0.0), min((x + w) / width, 1.0), min((y + h) / height, 1.0))
+        )
+    return tuple(shares)
 
 
 def _four_numbers(box: Any) -> bool:
