@@ -34,7 +34,7 @@ def load_served(folder: Path, dtype: str | None, device: str | None):
     if dtype is None and place.type == "cpu":
         chosen = torch.float32  # what CPUs compute fastest here
     model = VReflectionForConditionalGeneration.from_pretrained(folder, dtype=chosen).eval().to(place)
-    processor = VReflectionProcessor.from_pretrained(folder, None, None)
+    processor = VReflectionProcessor.from_pretrained(folder)
     return model, processor, answer_maps(model)
 
 
@@ -102,7 +102,7 @@ def answer_maps(model: VReflectionForConditionalGeneration) -> Maps | None:
     def maps(prompt: Prompt, generation: Generation, boxes: Sequence[Box], first_span: int = 0) -> dict[str, Any]:
         looks = maps_of(model, prompt, generation, boxes=boxes, teacher=False)
         steps = [step for step, span in enumerate(looks.span) if span >= first_span]
-        inside = looks.in_own_box() if boxes else None
+        inside, masses = looks.in_own_box() if boxes else None, looks.image_mass
         return {
             "source": looks.attention.source,
             "span": [looks.span[step] for step in steps],
@@ -110,8 +110,9 @@ def answer_maps(model: VReflectionForConditionalGeneration) -> Maps | None:
                 {
                     "grid": list(image.shape[1:]),
                     "steps": [[round(v, 6) for v in image[step].flatten().tolist()] for step in steps],
+                    "mass": None if masses is None else [round(float(masses[number, step]), 6) for step in steps],
                 }
-                for image in looks.maps
+                for number, image in enumerate(looks.maps)
             ],
             "inside": None if inside is None else [inside[step] for step in steps],
         }
