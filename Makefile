@@ -28,10 +28,11 @@ test-kernels: $(INSTALLED)
 	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -q -m interpreter tests/kernels tests/ops tests/engine
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m aot tests/kernels
 
-# The real lmms-eval, laid over the environment: what it needs beside torch and transformers is of no use to the package.
+# The real lmms-eval, LangChain and LiteLLM, laid over the environment: what they need is of no use to the package.
 test-harnesses: $(HARNESSES)/.installed
-	PYTHONPATH=$(HARNESSES) $(BIN)/python -c 'import lmms_eval'
-	OMP_NUM_THREADS=1 PYTHONPATH=$(abspath $(HARNESSES)) $(BIN)/python -m pytest -q $(PYTEST_ARGS) tests/harnesses tests/serving/test_harness_client.py
+	LITELLM_LOCAL_MODEL_COST_MAP=True PYTHONPATH=$(HARNESSES) $(BIN)/python -c 'import langchain_openai, litellm, lmms_eval'
+	OMP_NUM_THREADS=1 PYTHONPATH=$(abspath $(HARNESSES)) $(BIN)/python -m pytest -q $(PYTEST_ARGS) tests/harnesses \
+		tests/serving/test_harness_client.py tests/serving/test_client_libraries.py
 
 $(HARNESSES)/.installed: tests/harnesses/requirements.txt $(INSTALLED)
 	rm -rf $(HARNESSES)
