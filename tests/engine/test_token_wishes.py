@@ -195,6 +195,11 @@ def test_grammars_that_cannot_be_are_refused(lab, tiny, spelling):
         grammars.json_schema({"type": "no-such-type"})
     with pytest.raises(ConfigError, match="grammar"):
         grammars.regex("(")
+    with pytest.raises(ConfigError, match="grammar: expected one that an answer can follow"):
+        grammars.json_schema({"$ref": "#"})
+    with pytest.raises(ConfigError, match="got false"):
+        grammars.json_schema(False)
+    assert grammars.json_schema(True) == grammars.json_schema({})
     grammar = grammars.regex("[0-9]{3}")
     with pytest.raises(ConfigError, match="min_new_tokens: a grammar"):
         decoder.request(lab.prompt(0), grammar=grammar, min_new_tokens=3)
@@ -205,6 +210,17 @@ def test_grammars_that_cannot_be_are_refused(lab, tiny, spelling):
     answer = ask(decoder, lab.prompt(1), grammar=grammar)
     visible = [t for t, latent in zip(answer.tokens, answer.latent) if not latent]
     assert tiny.tokenizer().decode(visible, skip_special_tokens=True).isdigit()
+
+
+def test_a_literal_that_spells_a_special_token_never_ends_an_answer(lab, spelling):
+    """`<|im_end|>` inside a literal is one token for the tokenizer: the one that ends answers."""
+    model, tokenizer, grammars = spelling
+    decoder = make(model)
+    grammar = grammars.regex(r"x<\|im_end\|>|yz")
+    settings = {"logit_bias": {tokenizer.encode("x")[0]: 90.0}}
+    request = decoder.request(lab.prompt(0), max_new_tokens=40, grammar=grammar, **settings)
+    with pytest.raises(ConfigError, match="no ordinary token"):
+        decoder.generate([request])
 
 
 def test_a_grammar_that_the_tokenizer_cannot_spell_fails_that_answer_alone(lab, tiny, spelling):

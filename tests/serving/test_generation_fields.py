@@ -108,6 +108,17 @@ def test_ends_and_lengths_reach_the_decoder(serve):
         ({"use_beam_search": True}, "use_beam_search", "is not supported here"),
         ({"skip_special_tokens": False}, "skip_special_tokens", "is not supported here"),
         ({"response_format": {"type": "xml"}}, "response_format", "got 'xml'"),
+        ({"response_format": "json"}, "response_format", "expected an object"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"const": "<|im_end|>"}}}},
+            "response_format", "special tokens ['<|im_end|>']",
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"$ref": "#"}}}},
+            "response_format", "that an answer can follow",
+        ),
+        ({"continue_final_message": True}, "continue_final_message", "expected false"),
+        ({"add_generation_prompt": False}, "add_generation_prompt", "expected true"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "a JSON schema, got none"),
         (
             {"response_format": {"type": "json_schema", "json_schema": {"schema": {"enum": ["x" * 2**16]}}}},
@@ -129,6 +140,13 @@ def test_ends_and_lengths_reach_the_decoder(serve):
 def test_limits_are_named_before_anything_is_decoded(server, fields, param, message, stream):
     error = ask(server, stream=stream, **fields)["error"]
     assert error["param"] == param and message in error["message"] and error["type"] == "invalid_request_error", error
+
+
+def test_vllm_s_pair_of_fields_for_a_begun_answer(server):
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    pair = {"add_generation_prompt": False, "continue_final_message": True}
+    plain, paired = ask(server, messages=messages), ask(server, messages=messages, **pair)
+    assert paired["choices"] == plain["choices"] and paired["usage"] == plain["usage"]
 
 
 def test_a_missing_field_is_said_to_be_missing(server):

@@ -121,7 +121,7 @@ def test_conversations_as_they_are_sent_back(server, tools):
     first = client(server).responses.create(model="tiny", input=question(tools.picture(3)))
     items = [
         {"type": "message", "role": "developer", "content": "Be brief."},
-        *question(tools.picture(3)),
+        *({"type": None, **turn} for turn in question(tools.picture(3))),
         *[item.model_dump() for item in first.output],
         {"type": "reasoning", "id": "rs_1", "summary": []},
         {"type": "function_call", "call_id": "call_1", "name": "zoom", "arguments": "{}", "id": "fc_1"},

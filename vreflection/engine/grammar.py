@@ -66,6 +66,9 @@ class Grammars:
         """
         from llguidance import LLMatcher
 
+        if schema is False:
+            raise ConfigError("grammar: expected a JSON schema, got false, which no JSON follows")
+        schema = {} if schema is True else schema
         try:
             return self.checked(LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=ONE_LINE))
         except ValueError as error:
@@ -87,6 +90,11 @@ class Grammars:
         fault = LLMatcher.validate_grammar(source, self.tokenizer)
         if fault:
             raise ConfigError(f"grammar: expected one that can be compiled, got: {fault.strip()[:300]}")
+        # Some are valid and cannot begin: endless references, too many states.
+        matcher = LLMatcher(self.tokenizer, source)
+        matcher.compute_bitmask()
+        if matcher.is_error():
+            raise ConfigError(f"grammar: expected one that an answer can follow, got: {matcher.get_error()[:300]}")
         return Grammar(source, self.tokenizer)
 
 
@@ -103,6 +111,9 @@ class GrammarState:
 
         self.matcher = LLMatcher(grammar.tokenizer, grammar.source)
         self.words = -(-vocabulary // WORD)
+        self.ordinary = torch.full((self.words,), -1, dtype=torch.int32)
+        for token in filter(grammar.tokenizer.is_special_token, range(grammar.tokenizer.vocab_size)):
+            clear_bit(self.ordinary, token)
         self.lvr_start_id, self.lvr_end_id, self.may_open_spans = lvr_start_id, lvr_end_id, may_open_spans
         self.begun = self.in_span = False
 
@@ -136,13 +147,25 @@ class GrammarState:
             raise ConfigError(f"grammar: {self.matcher.get_error()}")
         raw.extend(bytes(max(4 * self.words - len(raw), 0)))
         words = torch.frombuffer(raw, dtype=torch.int32)[: self.words].clone()
+        if not self.matcher.is_accepting() and not self.matcher.is_stopped():
+            words &= self.ordinary  # literals that spell a special token would become it, and end the answer
         if not bool(words.any()):
-            raise ConfigError("grammar: no token of this tokenizer can go on; does it spell the grammar's characters?")
+            raise ConfigError("grammar: no ordinary token of this tokenizer can go on; can it spell the grammar's "
+                              "characters, and are there special tokens among its texts?")  # fmt: skip
         if self.may_open_spans and not self.begun:
             set_bit(words, self.lvr_start_id)
         return words
 
 
 def set_bit(words: torch.Tensor, token: int) -> None:
+    words[token // WORD] |= one_bit(token)
+
+
+def clear_bit(words: torch.Tensor, token: int) -> None:
+    words[token // WORD] &= ~one_bit(token)
+
+
+def one_bit(token: int) -> int:
+    """A token's bit in its word, as a signed number of 32 bits."""
     bit = 1 << (token % WORD)
-    words[token // WORD] |= bit - (1 << WORD) if bit == 1 << (WORD - 1) else bit
+    return bit - (1 << WORD) if bit == 1 << (WORD - 1) else bit

@@ -69,7 +69,9 @@ def read_format(value: Any, param: str, schema_key: str | None) -> ResponseForma
         return ResponseFormat(None, param)
     if kind != "json_schema":
         got = kind_of(value) if kind is None else repr(kind)[:80]
-        raise bad(f"{param}: expected type text, json_object or json_schema, got {got}", param, "invalid_value")
+        raise bad(
+            f"{param}: expected an object of type text, json_object or json_schema, got {got}", param, "invalid_value"
+        )
     place = param if schema_key is None else f"{param}.{schema_key}"
     described = value if schema_key is None else value.get(schema_key)
     schema = described.get("schema") if isinstance(described, dict) else None

@@ -31,6 +31,22 @@ class ChatFields(GenerationFields):
     top_logprobs: Integer | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
     response_format: Any = None
     continue_final_message: bool | None = None
+    add_generation_prompt: bool | None = None
+
+
+def refuse_other_ends(fields: ChatFields, continued: bool) -> None:
+    """A last turn of the assistant is continued, and any other is answered; refuse what asks for something else.
+
+    Raises:
+        ApiError: 400, naming the field.
+    """
+    what = "as a last turn of the assistant is continued here" if continued else "as no turn of the assistant is last"
+    for name, value, expected in (
+        ("continue_final_message", fields.continue_final_message, continued),
+        ("add_generation_prompt", fields.add_generation_prompt, not continued),
+    ):
+        if value is not None and value is not expected:
+            raise bad(f"{name}: expected {str(expected).lower()}, {what}, got {str(value).lower()}", name)
 
 
 class Chat(Interface):
@@ -41,11 +57,7 @@ class Chat(Interface):
         if fields.top_logprobs and not fields.logprobs:
             raise bad("top_logprobs: expected logprobs: true beside it; add it", "top_logprobs", "invalid_value")
         conversation = read_messages(fields.messages)
-        if fields.continue_final_message is False and conversation.turns[-1].role == "assistant":
-            raise bad(
-                "continue_final_message: expected true, as a last turn of the assistant is continued here, got false",
-                "continue_final_message",
-            )
+        refuse_other_ends(fields, continued=conversation.turns[-1].role == "assistant")
         self.request = AnswerRequest(
             fields=fields,
             prompts=[conversation],

@@ -188,7 +188,7 @@ def read_input(items: Any, conversation: Conversation) -> None:
 def read_item(item: Any, conversation: Conversation, place: str) -> None:
     if not isinstance(item, dict):
         raise bad(f"{place}: expected an item with type or role, got {kind_of(item)}", place, "invalid_value")
-    kind = item.get("type", "message")
+    kind = "message" if item.get("type") is None else item["type"]
     if kind == "message":
         add_message(conversation, item, RESPONSES, place)
     elif kind == "function_call":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 import time
 import uuid
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ..data.template import reserved_in
 from ..decoding import MAX_END_IDS
 from ..engine.finite import NOT_FINITE
 from ..engine.grammar import Grammar, Grammars
@@ -237,6 +239,10 @@ class AnswerService:
         param = response_format.param
         if fields.ignore_eos:
             raise bad(f"ignore_eos: expected false with {param}, whose end is the answer's, got true", "ignore_eos")
+        spelled = reserved_in(json.dumps(response_format.schema, ensure_ascii=False), self.processor.special_tokens)
+        if spelled:
+            raise bad(f"{param}: expected a schema of plain text, got special tokens {spelled}; an answer cannot spell "
+                      "them", param, "reserved-token")  # fmt: skip
         try:
             with self.grammar_lock:
                 if self.grammars is None:
@@ -292,7 +298,7 @@ class AnswerService:
                 choice.done, choice.finish = ended, "stop"
             elif ended is not None:
                 choice.done, piece = ended, choice.text.finish()
-                choice.finish = "stop" if choice.text.stopped else self._finish(ended)
+                choice.finish = "stop" if choice.text.stopped else self._finish(ended, job.request.response_format)
                 logprobs = self._logprobs(choice)
                 if piece or logprobs:
                     yield TextPiece(piece, logprobs)
@@ -320,7 +326,9 @@ class AnswerService:
                 return event.generation
 
     @staticmethod
-    def _finish(ended: Generation) -> str:
+    def _finish(ended: Generation, response_format: ResponseFormat | None) -> str:
+        if response_format is not None and isinstance(ended.error, ConfigError):
+            raise bad(f"{response_format.param}: {ended.error}", response_format.param, "invalid_value")
         if ended.finish_reason in ("error", NOT_FINITE):
             raise ApiError(500, "decoding failed; the request can be sent again", code="decoding_failed")
         if ended.finish_reason == "cancelled":
