@@ -195,8 +195,9 @@ def test_grammars_that_cannot_be_are_refused(lab, tiny, spelling):
         grammars.json_schema({"type": "no-such-type"})
     with pytest.raises(ConfigError, match="grammar"):
         grammars.regex("(")
-    with pytest.raises(ConfigError, match="grammar: expected one that an answer can follow"):
+    with pytest.raises(ConfigError, match="grammar: expected one that an answer can follow") as refusal:
         grammars.json_schema({"$ref": "#"})
+    assert "\n" not in str(refusal.value)
     with pytest.raises(ConfigError, match="got false"):
         grammars.json_schema(False)
     assert grammars.json_schema(True) == grammars.json_schema({})

@@ -94,7 +94,9 @@ class Grammars:
         matcher = LLMatcher(self.tokenizer, source)
         matcher.compute_bitmask()
         if matcher.is_error():
-            raise ConfigError(f"grammar: expected one that an answer can follow, got: {matcher.get_error()[:300]}")
+            raise ConfigError(
+                f"grammar: expected one that an answer can follow, got: {first_line(matcher.get_error())}"
+            )
         return Grammar(source, self.tokenizer)
 
 
@@ -130,7 +132,7 @@ class GrammarState:
         else:
             self.begun = True
             if not self.matcher.is_stopped() and not self.matcher.consume_token(token):
-                raise ConfigError(f"grammar: token {token} does not fit: {self.matcher.get_error()}")
+                raise ConfigError(f"grammar: token {token} does not fit: {first_line(self.matcher.get_error())}")
 
     def allowed(self) -> torch.Tensor:
         """Tokens that may come next, `(W,)` int32 as `VocabularyRows.allowed`.
@@ -144,7 +146,7 @@ class GrammarState:
             return words
         raw = bytearray(self.matcher.compute_bitmask())
         if self.matcher.is_error():
-            raise ConfigError(f"grammar: {self.matcher.get_error()}")
+            raise ConfigError(f"grammar: {first_line(self.matcher.get_error())}")
         raw.extend(bytes(max(4 * self.words - len(raw), 0)))
         words = torch.frombuffer(raw, dtype=torch.int32)[: self.words].clone()
         if not self.matcher.is_accepting() and not self.matcher.is_stopped():
@@ -155,6 +157,11 @@ class GrammarState:
         if self.may_open_spans and not self.begun:
             set_bit(words, self.lvr_start_id)
         return words
+
+
+def first_line(fault: str) -> str:
+    """What went wrong, without the dump of the library's state below it."""
+    return fault.partition("\n")[0][:300]
 
 
 def set_bit(words: torch.Tensor, token: int) -> None:
