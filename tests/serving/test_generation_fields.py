@@ -142,6 +142,12 @@ def test_limits_are_named_before_anything_is_decoded(server, fields, param, mess
     assert error["param"] == param and message in error["message"] and error["type"] == "invalid_request_error", error
 
 
+def test_nulls_in_latent_are_the_same_as_nothing(server):
+    names = ("steps", "off", "force", "use", "include", "box", "boxes")
+    plain, nulls = ask(server), ask(server, latent=dict.fromkeys(names))
+    assert nulls["choices"] == plain["choices"] and nulls["usage"] == plain["usage"]
+
+
 def test_vllm_s_pair_of_fields_for_a_begun_answer(server):
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     pair = {"add_generation_prompt": False, "continue_final_message": True}

@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Iterator, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from .errors import ApiError, bad
@@ -83,6 +83,12 @@ class LatentField(Strict):
     include: list[Literal["maps", "hidden"]] = Field(default=[], max_length=MAX_ENTRIES)
     box: Box | None = None
     boxes: list[Box] | None = Field(default=None, max_length=MAX_ENTRIES)
+
+    @model_validator(mode="before")
+    @classmethod
+    def without_nulls(cls, value: Any) -> Any:
+        """Null is the same as absent, as in every other field."""
+        return {name: v for name, v in value.items() if v is not None} if isinstance(value, dict) else value
 
 
 class StreamOptions(BaseModel):
