@@ -128,7 +128,7 @@ def test_low_precision_errors(lab, tiny, dtype):
             prompt = lab.prompt(3)
             prompt["pixel_values"] = prompt["pixel_values"].to(kind)
             embeds, positions = decoder.prefill.inputs([decoder.prompt(prompt)])[0]
-            decoder.step.prefill(embeds[None], positions[:, None], [0])
+            decoder.step.prefill(embeds[None], positions[:, None], [0], [len(embeds) - 1])
             out = []
             for n, token in enumerate((7, 8, 3, 4, 5, 6, 9, 10)):
                 at = torch.tensor([len(embeds) + n], device="cuda")

@@ -112,7 +112,7 @@ def test_other_precisions(lab, dtype):
         prompt["pixel_values"] = prompt["pixel_values"].to(net.dtype)
         with torch.inference_mode():
             embeds, positions = decoder.prefill.inputs([decoder.prompt(prompt)])[0]
-            decoder.step.prefill(embeds[None], positions[:, None], [0])
+            decoder.step.prefill(embeds[None], positions[:, None], [0], [len(embeds) - 1])
             length, out = embeds.shape[0], []
             for n, token in enumerate(forced):
                 at = torch.tensor([length + n])

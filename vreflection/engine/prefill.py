@@ -234,12 +234,10 @@ class Prefill:
         for row in rows:
             self.cache.wipe(row, stop, self.dirty[row])
             self.dirty[row] = stop
-        hidden = self.step.prefill(embeds, positions, rows, start)
-        found = {}
-        for number, (filling, (_, position)) in enumerate(zip(group, inputs)):
-            last = len(filling.prompt) - start - 1
-            found[filling.row] = hidden[number, last], int(position.max()) + 1
-        return found
+        last = [len(filling.prompt) - start - 1 for filling in group]
+        hidden_BD = self.step.prefill(embeds, positions, rows, last, start)
+        ends = [int(position.max()) + 1 for _, position in inputs]
+        return {filling.row: (z, end) for filling, z, end in zip(group, hidden_BD, ends)}
 
     def inputs(self, prompts: list[Prompt]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Embeddings `(L, D)` with the visual tokens in their places, and rope positions `(3, L)`."""

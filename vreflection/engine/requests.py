@@ -21,7 +21,7 @@ from .grammar import Grammar
 # The picked token with its log probability, then the likeliest ones.
 Logprobs = list[tuple[int, float]]
 
-PIECE = 2**21  # bytes of an image hashed at a time
+PIECE = 2**19  # bytes of an image hashed at a time
 
 
 @dataclass

@@ -54,13 +54,16 @@ class HostStep:
         self.embed_tokens, self.lm_head = model.get_input_embeddings(), model.get_output_embeddings()
         self.host_cache, self.cache_argument = HostCache(cache), cache_argument(type(self.decoder))
 
-    def prefill(self, embeds_BLD: torch.Tensor, position_ids: torch.Tensor, rows: list[int], start: int = 0):
-        """Consume prompts from column `start` on: hidden states `(B, L, D)`.
+    def prefill(
+        self, embeds_BLD: torch.Tensor, position_ids: torch.Tensor, rows: list[int], last: list[int], start: int = 0
+    ) -> torch.Tensor:
+        """Consume prompts from column `start` on: hidden states `(B, D)` of each prompt's last position.
 
         Right padding is harmless: no earlier position sees it, and its keys are overwritten.
 
         Args:
-            position_ids: `(3, B, L)`. rows: cache rows. start: columns that the rows share with what is cached.
+            position_ids: `(3, B, L)`. rows: cache rows. last: of each prompt, its last position in `embeds_BLD`.
+            start: columns that the rows share with what is cached.
         """
         self.host_cache.rows_for_prompt(rows, start)
         mask = None
@@ -69,7 +72,7 @@ class HostStep:
             column = torch.arange(start + length, device=embeds_BLD.device)
             mask = self.full_mask((column <= column[start:, None])[None, None], embeds_BLD.dtype)
         with masked_attention(self.decoder, mask is not None):
-            return self.run_host(embeds_BLD, position_ids, mask)
+            return self.run_host(embeds_BLD, position_ids, mask)[range(len(last)), last]
 
     def run_host(self, embeds_BLD, position_ids, mask):
         return self.decoder(
@@ -146,6 +149,46 @@ class QwenStep(HostStep):
         half = torch.ones(cache.width // 2, device=cache.device, dtype=cache.dtype)
         self.half_sign = torch.cat([-half, half])
         self.heads = self.layers[0].wq.shape[0] // cache.width
+
+    def prefill(
+        self, embeds_BLD: torch.Tensor, position_ids: torch.Tensor, rows: list[int], last: list[int], start: int = 0
+    ) -> torch.Tensor:
+        """See `HostStep.prefill`: on the CPU the same maths, of the last layer only what the last positions need."""
+        if embeds_BLD.device.type != "cpu":
+            return super().prefill(embeds_BLD, position_ids, rows, last, start)
+        cache, x = self.cache, embeds_BLD
+        width, stop, final = cache.width, start + x.shape[1], len(self.layers) - 1
+        cos, sin = (part[:, :, None] for part in self.decoder.rotary_emb(x, position_ids))
+        sin = sin * self.half_sign
+        visible = None
+        if start:
+            column = torch.arange(stop)
+            visible = column <= column[start:, None]
+        for layer, w in enumerate(self.layers):
+            y = F.rms_norm(x, (self.width,), w.norm1, w.eps)
+            keys = self.turned(F.linear(y, w.wk, w.bk), cos, sin)
+            values = F.linear(y, w.wv, w.bv).unflatten(2, (-1, width)).transpose(1, 2)
+            cache.keys[layer][rows, :, start:stop], cache.values[layer][rows, :, start:stop] = keys, values
+            if start:
+                keys, values = cache.keys[layer][rows, :, :stop], cache.values[layer][rows, :, :stop]
+            if layer == final:
+                place = (torch.arange(len(last)), torch.tensor(last))
+                x, y, cos, sin = (tensor[place][:, None] for tensor in (x, y, cos, sin))
+                visible = (torch.arange(stop) <= start + place[1][:, None])[:, None, None]
+            queries, groups = self.turned(F.linear(y, w.wq, w.bq), cos, sin), self.heads // cache.heads
+            if groups > 1:
+                keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
+            mixed = F.scaled_dot_product_attention(queries, keys, values, attn_mask=visible, is_causal=visible is None)
+            x = x + F.linear(mixed.transpose(1, 2).flatten(2), w.wo)
+            y = F.rms_norm(x, (self.width,), w.norm2, w.eps)
+            x = x + F.linear(F.silu(F.linear(y, w.gate)) * F.linear(y, w.up), w.down)
+        return F.rms_norm(x[:, 0], (self.width,), self.final_norm.weight, self.final_norm.variance_epsilon)
+
+    def turned(self, states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """Queries or keys `(B, L, heads * E)` after rope, `(B, heads, L, E)`; `sin` with the lower half's sign."""
+        width = self.cache.width
+        states = states.unflatten(2, (-1, width))
+        return torch.addcmul(states * cos, states.roll(width // 2, dims=3), sin).transpose(1, 2)
 
     def rope(self, position: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin `(B, E)` as the host makes them; past the prompt all three rope axes are equal."""

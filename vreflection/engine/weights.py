@@ -26,6 +26,8 @@ register_optimizer_step_post_hook(_count)
 # By exact type, as this is asked of every module before every first token.
 SCALARS = frozenset({int, float, bool, str})
 LISTS, SETS, TABLES = frozenset({list, tuple}), frozenset({set, frozenset}), frozenset({dict, OrderedDict})
+# Their plain attributes are of no consequence for what they compute, and most modules are of these types.
+SETTLED = frozenset({nn.Linear, nn.ModuleList, nn.ModuleDict, nn.Identity, nn.SiLU})
 # What every module has: registries, which are looked at by themselves, and the mode, which decoding sets anyway.
 OWN_ATTRIBUTES = frozenset(nn.Module().__dict__)
 
@@ -49,7 +51,7 @@ class WeightWatch:
                 hooks = (*part._forward_pre_hooks, *part._forward_hooks)  # by numbers that never come again
                 places.append((id(part), *hooks, id(part.__dict__.get("forward"))))
             attributes = part.__dict__
-            if len(attributes) > len(OWN_ATTRIBUTES):
+            if type(part) not in SETTLED and len(attributes) > len(OWN_ATTRIBUTES):
                 places.append(
                     [
                         value if type(value) in SCALARS else settings(value)
