@@ -166,9 +166,7 @@ def test_an_answer_is_json_of_the_schema_after_its_spans(lab, tiny, spelling, st
     model, tokenizer, grammars = spelling
     decoder = make(model, step=step)
     grammar = grammars.json_schema(SCHEMA)
-    # The penalty: a random model may open spans for ever.
     settings = {"max_new_tokens": 120, "grammar": grammar, "force_latent": force, "do_sample": sample, "seed": 5}
-    settings["frequency_penalty"] = 1.0
     requests = [decoder.request(lab.prompt(n), **settings) for n in range(4)]
     free = decoder.request(lab.prompt(0), max_new_tokens=20)
     alone = decoder.generate([free])[0]

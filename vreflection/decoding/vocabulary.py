@@ -25,6 +25,8 @@ class VocabularyRows:
         frequency_penalty, presence_penalty: `(B,)` float32, taken off per occurrence, and once.
         min_new_tokens: `(B,)` int64; before that many counted tokens no end-of-sequence id is picked.
         allowed: `(B, W)` int32, bit v % 32 of word v // 32 is set where token v may be picked.
+        only_if_best: `(B,)` int64, a token that may be picked only where no other, allowed or not, scores higher; -1 for
+            none.
     """
 
     bias: torch.Tensor
@@ -33,6 +35,7 @@ class VocabularyRows:
     presence_penalty: torch.Tensor
     min_new_tokens: torch.Tensor
     allowed: torch.Tensor
+    only_if_best: torch.Tensor
 
     @classmethod
     def allocate(cls, rows: int, vocabulary: int, device: torch.device | str) -> VocabularyRows:
@@ -43,6 +46,7 @@ class VocabularyRows:
         return cls(
             table(), table(), number(torch.float32), number(torch.float32), number(torch.int64),
             torch.full((rows, words), EVERY_TOKEN, dtype=torch.int32, device=device),
+            torch.full((rows,), -1, dtype=torch.int64, device=device),
         )  # fmt: skip
 
     def tensors(self) -> list[torch.Tensor]:
@@ -54,16 +58,16 @@ class VocabularyRows:
 
     def set_row(self, row: int, settings: SamplingSettings) -> None:
         """For a new request in a row; every token is allowed and none counted."""
-        self.bias[row], self.counts[row], self.allowed[row] = 0, 0, EVERY_TOKEN
+        self.bias[row], self.counts[row], self.allowed[row], self.only_if_best[row] = 0, 0, EVERY_TOKEN, -1
         if settings.logit_bias:
             tokens, values = zip(*settings.logit_bias)
             self.bias[row, list(tokens)] = torch.tensor(values, device=self.bias.device)
         self.frequency_penalty[row], self.presence_penalty[row] = settings.frequency_penalty, settings.presence_penalty
         self.min_new_tokens[row] = settings.min_new_tokens
 
-    def allow(self, row: int, words: torch.Tensor) -> None:
-        """The tokens that a row may pick next, `(W,)` int32 as in `allowed`."""
-        self.allowed[row] = words.to(self.allowed.device)
+    def allow(self, row: int, words: torch.Tensor, only_if_best: int = -1) -> None:
+        """The tokens that a row may pick next, `(W,)` int32 as in `allowed`, and its `only_if_best`."""
+        self.allowed[row], self.only_if_best[row] = words.to(self.allowed.device), only_if_best
 
     def count(self, tokens: torch.Tensor, counts: torch.Tensor) -> None:
         """One more of `tokens` `(B,)` where `counts` `(B,)` is 1."""
@@ -84,4 +88,7 @@ class VocabularyRows:
         ends = torch.zeros(len(scores), vocabulary + 1, dtype=torch.bool, device=scores.device)
         ends = ends.scatter(1, torch.where(end_ids < 0, vocabulary, end_ids), True)[:, :vocabulary]
         too_early = (counted < self.min_new_tokens)[:, None] & ends
+        token = self.only_if_best.clamp(min=0)[:, None]
+        unwanted = (self.only_if_best >= 0) & (scores.argmax(dim=1) != self.only_if_best)
+        allowed = allowed.scatter(1, token, allowed.gather(1, token) & ~unwanted[:, None])
         return scores.masked_fill(~allowed | too_early, float("-inf"))

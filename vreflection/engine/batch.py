@@ -195,7 +195,7 @@ class Batch:
             for row, (request, grammar) in enumerate(zip(requests, grammars)):
                 fresh.vocabulary.set_row(row, request.sampling)
                 if grammar is not None:
-                    fresh.vocabulary.allow(row, grammar.allowed())
+                    fresh.vocabulary.allow(row, grammar.allowed(), grammar.span_token)
         picked = self.step.pick(last_BD, ~fresh.finished, sampling, plan, fresh)
         forced = number([start if r.force_latent and id != start else -1 for r, id in zip(requests, last)])
         moved, emitted = advance(fresh, self.rules, last_BD, torch.where(forced >= 0, forced, picked))
@@ -397,7 +397,7 @@ class Batch:
         if row.grammar is not None and not latent:
             try:
                 row.grammar.take(token)
-                self.buffers.state.vocabulary.allow(row.slot, row.grammar.allowed())  # pyright: ignore
+                self.buffers.state.vocabulary.allow(row.slot, row.grammar.allowed(), row.grammar.span_token)  # pyright: ignore
             except ConfigError as error:
                 self.buffers.state.finished[row.slot] = True
                 self.finish(row, NOTHING, False, "error", error)

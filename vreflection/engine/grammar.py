@@ -154,9 +154,18 @@ class GrammarState:
         if not bool(words.any()):
             raise ConfigError("grammar: no ordinary token of this tokenizer can go on; can it spell the grammar's "
                               "characters, and are there special tokens among its texts?")  # fmt: skip
-        if self.may_open_spans and not self.begun:
+        if self.span_token >= 0:
             set_bit(words, self.lvr_start_id)
         return words
+
+    @property
+    def span_token(self) -> int:
+        """What opens a span, where one may open; else -1.
+
+        It is to be picked only where the model likes it best of all tokens: a model that was never asked for JSON likes
+        another look better than a brace, again and again.
+        """
+        return self.lvr_start_id if self.may_open_spans and not (self.begun or self.in_span) else -1
 
 
 def first_line(fault: str) -> str:
