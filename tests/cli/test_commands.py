@@ -87,3 +87,16 @@ def test_train_command_trains_from_files(run, tmp_path):
     assert {p.name for p in (tmp_path / "out").iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}
     refused = run("train", "--config", str(settings), "--set", f"model={tmp_path / 'nowhere'}")
     assert refused.returncode == 2 and "expected a checkpoint folder" in refused.stderr
+
+
+def test_help_keeps_square_brackets(command_line, monkeypatch):
+    """Extras and described defaults look like the markup of some help formatters."""
+    monkeypatch.setenv("COLUMNS", "200")
+    for words, texts in {
+        ("serve",): ["vreflection[serve]", "[default: the folder's]", "[default: as stored]"],
+        ("bench", "report"): ["vreflection[bench]"],
+    }.items():
+        ended = command_line(*words, "--help")
+        assert ended.returncode == 0
+        for text in texts:
+            assert text in " ".join(ended.stdout.split()), (words, text)

@@ -57,7 +57,7 @@ class Server(uvicorn.Server):
     def __init__(self, app, service: AnswerService, settings: ServeSettings, started: Callable[[int], None]):
         super().__init__(
             uvicorn.Config(
-                app, host=settings.host, port=settings.port, log_level="warning", access_log=False, server_header=False,
+                app, host=settings.host, port=settings.port, log_level="error", access_log=False, server_header=False,
                 http=timed_protocol(settings), ws="none", timeout_keep_alive=settings.idle_seconds,  # pyright: ignore
                 timeout_graceful_shutdown=LEAVE,  # pyright: ignore[reportArgumentType]
             )
