@@ -113,10 +113,23 @@ def host_array(values, name: str, shape_tail: tuple[int, ...], dtype) -> np.ndar
     if array.shape[1:] != shape_tail or array.ndim != 1 + len(shape_tail):
         expected = ", ".join(["n", *map(str, shape_tail)])
         raise ValueError(f"{name}: expected shape ({expected}), got {tuple(array.shape)}")
-    cast = array.astype(dtype)
+    try:
+        cast = array.astype(dtype)
+    except OverflowError:  # whole numbers of any length
+        if np.issubdtype(dtype, np.integer):
+            raise ValueError(f"{name}: expected whole numbers that {np.dtype(dtype)} holds, got larger ones") from None
+        cast = np.vectorize(_nearest_float, otypes=[dtype])(array)
     if np.issubdtype(cast.dtype, np.integer) and (cast != array).any():
         raise ValueError(f"{name}: expected whole numbers, got {array.tolist()}")
     return cast
+
+
+def _nearest_float(value) -> float:
+    """A number as a float, infinite where no finite float is that large."""
+    try:
+        return float(value)
+    except OverflowError:
+        return float("inf") if value > 0 else float("-inf")
 
 
 def device_tensor(array: np.ndarray, device: torch.device | str) -> torch.Tensor:
