@@ -30,7 +30,7 @@ from .checkpoint import (
 )
 from .checkpoint_layouts import LAYOUTS, PLAIN_PROCESSOR, PROCESSOR, layout_config, stored_name
 from .config import DECODE_STAGE, VReflectionConfig
-from .image_settings import set_processor_class
+from .image_settings import CODE_FILE, IMAGE_FILE, set_processor_class
 from .processor import add_latent_tokens, load_tokenizer
 from .weight_files import DTYPES, plan_shards, same_bytes, write_weights, written_bytes
 
@@ -39,7 +39,6 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
     "special_tokens_map.json", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
-IMAGE_FILE = "preprocessor_config.json"
 OTHER_FILES = (
     "video_preprocessor_config.json",
     "generation_config.json",
@@ -48,7 +47,15 @@ OTHER_FILES = (
     "LICENSE.md",
     "NOTICE",
 )
-REPLACED = ("model*.safetensors*", "pytorch_model*.bin*", *TOKENIZER_FILES, IMAGE_FILE, *OTHER_FILES, "config.json")
+REPLACED = (
+    "model*.safetensors*",
+    "pytorch_model*.bin*",
+    *TOKENIZER_FILES,
+    IMAGE_FILE,
+    CODE_FILE,
+    *OTHER_FILES,
+    "config.json",
+)
 
 
 @dataclass(frozen=True)
@@ -295,7 +302,9 @@ def copy_companions(source: Path, companions: Path, partial: Path, config: VRefl
 def name_processor(file: Path, layout: str) -> None:
     """Name the processor class of a layout where a settings file names one or the other, for `AutoProcessor`."""
     name = PROCESSOR if layout == "vreflection" else PLAIN_PROCESSOR
-    if file.exists() and read_json(file).get("processor_class") in {PROCESSOR, PLAIN_PROCESSOR} - {name}:
+    named = read_json(file).get("processor_class") if file.exists() else None
+    # Our own name is written again, for the code that goes with it.
+    if named in {PROCESSOR, PLAIN_PROCESSOR} and (named != name or name == PROCESSOR):
         set_processor_class(file, name)
 
 

@@ -7,6 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from .checkpoint_layouts import PROCESSOR
+
+IMAGE_FILE = "preprocessor_config.json"
+# Where this package is not imported, `AutoProcessor` would fall back to the bare tokenizer, which ignores images. Named
+# as the folder's own code, the class is loaded with `trust_remote_code=True`, and refused without.
+CODE_FILE = "processing_vreflection.py"
+CODE = f'''"""The processor of this folder, for `AutoProcessor.from_pretrained(folder, trust_remote_code=True)`."""
+
+from vreflection.model.processor import {PROCESSOR}
+
+__all__ = ["{PROCESSOR}"]
+'''
 
 
 def load_image_processor(path: str, min_visual_tokens: int | None, max_visual_tokens: int | None, **hub) -> Any:
@@ -27,6 +39,7 @@ def load_image_processor(path: str, min_visual_tokens: int | None, max_visual_to
             f"expected preprocessor_config.json in {path}, got none that loads ({first_line(error)}); "
             "copy the file of the Qwen2.5-VL base model there"
         ) from error
+    config.pop("auto_map", None)  # about the folder, not about images
     # Both spellings occur in released checkpoints; one explicit size keeps the class default out of it.
     size = {**dict(processor_class.size), **(config.pop("size", None) or {})}
     area = token_pixels(
@@ -46,9 +59,15 @@ def load_image_processor(path: str, min_visual_tokens: int | None, max_visual_to
 
 
 def set_processor_class(file: Path, name: str) -> None:
-    """Write into a settings file which class `AutoProcessor` makes of the folder."""
-    values = json.loads(file.read_text(encoding="utf-8"))
-    text = json.dumps({**values, "processor_class": name}, indent=2, ensure_ascii=False)
+    """Write into a settings file which class `AutoProcessor` makes of the folder; next to the image settings the code
+    that loads our own."""
+    values = {**json.loads(file.read_text(encoding="utf-8")), "processor_class": name}
+    if name != PROCESSOR:
+        values.pop("auto_map", None)
+    elif file.name == IMAGE_FILE:
+        values["auto_map"] = {"AutoProcessor": f"{Path(CODE_FILE).stem}.{PROCESSOR}"}
+        file.with_name(CODE_FILE).write_text(CODE, encoding="utf-8")
+    text = json.dumps(values, indent=2, ensure_ascii=False)
     file.write_text(text + "\n", encoding="utf-8")
 
 

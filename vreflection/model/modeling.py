@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForImageTextToText, Qwen2_5_VLForConditionalGeneration
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers.models.auto import modeling_auto as tables
 from transformers.utils import ModelOutput
 
 from ..errors import CheckpointError
@@ -392,9 +392,10 @@ def connected_zero(hidden: torch.Tensor, module: nn.Module) -> torch.Tensor:
     return total * 0.0
 
 
-for auto_class in (AutoModel, AutoModelForImageTextToText):
+for auto_class in (AutoModel, AutoModelForImageTextToText, tables.AutoModelForMultimodalLM):
     auto_class.register(VReflectionConfig, VReflectionForConditionalGeneration)
-# The pipeline looks names up here, to say whether it knows the class.
-MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[VReflectionConfig.model_type] = VReflectionForConditionalGeneration.__name__
+# The pipelines look names up here, to say whether they know the class.
+for names in (tables.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, tables.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES):
+    names[VReflectionConfig.model_type] = VReflectionForConditionalGeneration.__name__
 
 __all__ = ["STAGES", "VReflectionForConditionalGeneration", "VReflectionOutput"]

@@ -24,19 +24,19 @@ from vreflection.data.template import (
     LVR_LATENT_END,
     LVR_START,
     TURN_END,
+    TURN_START,
     VIDEO_PAD,
     VISION_END,
     VISION_START,
     LatentTokenIds,
-    chat_segments,
 )
 from vreflection.errors import CheckpointError
-from vreflection.model.chat_messages import read_conversation, split_conversations
+from vreflection.model.chat_messages import read_conversation, read_template_text, split_conversations
 from vreflection.model.config import VReflectionConfig
+from vreflection.model.image_inputs import ImageLike, group_images
 from vreflection.model.image_settings import first_line, load_image_processor, set_processor_class, token_pixels
 
-# An image, its file, or the bytes of one.
-ImageLike = Image.Image | bytes | str | Path
+Padding = Literal["left", "right", "longest", True, False]
 _GENERATE_KEYS = ("input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw")
 # What the host library's Auto classes and pipelines pass along: for fetching files, and for others than a processor.
 _HUB_ARGUMENTS = {"cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder"}
@@ -110,8 +110,10 @@ class VReflectionProcessor(ProcessorMixin):
         image_processor = load_image_processor(path, min_visual_tokens, max_visual_tokens, **hub)
         return cls(load_tokenizer(path, **hub), image_processor, token_ids)
 
-    def save_pretrained(self, save_directory: str | Path) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Write tokenizer and image settings so that `from_pretrained(folder)` gives the same processor."""
+        if push_to_hub:
+            raise ValueError(f"push_to_hub: expected False, got {push_to_hub!r}; save to a folder and upload that")
         for part, file in (
             (self.tokenizer, "tokenizer_config.json"),
             (self.image_processor, "preprocessor_config.json"),
@@ -181,8 +183,10 @@ class VReflectionProcessor(ProcessorMixin):
         self,
         images: ImageLike | Sequence[ImageLike | Sequence[ImageLike] | None] | None = None,
         text: str | Sequence[str] | None = None,
+        videos: None = None,
+        audio: None = None,
         *,
-        padding: Literal["left", "right", "longest", True] = "left",
+        padding: Padding = "left",
         return_tensors: Literal["pt"] | None = "pt",
         return_position_ids: bool = False,
     ) -> BatchFeature:
@@ -190,24 +194,47 @@ class VReflectionProcessor(ProcessorMixin):
 
         Args:
             images: per question one image, a list of images or None; None for text only. Images are PIL,
-                paths or bytes of files, and taken as a viewer shows them.
-            text: one question or a list, plain text: the template is put around it. Without `<image>` placeholders the
-                images go in front of the text.
-            padding: side of the padding; decoding needs "left", which "longest" and True stand for.
+                paths or bytes of files, taken as a viewer shows them, or pixels (H, W, 3) or (3, H, W) uint8.
+            text: one question or a list. Plain text: the template is put around it, and without `<image>` placeholders
+                the images go in front of it. Or what `apply_chat_template` made, taken as it is: then `images` may be
+                the images of all texts in one list.
+            videos, audio: None; the model reads images only.
+            padding: side of the padding; decoding needs "left", which "longest" and True stand for. False: none, for
+                prompts of one length.
             return_tensors: torch tensors either way.
             return_position_ids: also return `position_ids` (3, B, L), 0 at padding.
 
         Returns:
             `input_ids`, `attention_mask`, `mm_token_type_ids` (B, L), and `pixel_values`, `image_grid_thw` if any
             prompt has images.
+
+        Raises:
+            ValueError: arguments of another form. DataError: an unusable image or text; special tokens in a question.
         """
+        for name, value in (("videos", videos), ("audio", audio)):
+            if value is not None:
+                raise ValueError(f"{name}: expected None, got {type(value).__name__}; the model reads text and images")
         if text is None:
             raise ValueError("text: expected a question or a list of questions, got none")
         questions = [text] if isinstance(text, str) else list(text)
-        groups = _group_images(images, len(questions), single=isinstance(text, str))
+        chats = [
+            read_template_text(question, f"prompt {n}", self.special_tokens)
+            if question.startswith(TURN_START)
+            else None
+            for n, question in enumerate(questions)
+        ]
+        places = [sum(part is None for turn in chat.turns for part in turn.parts) for chat in chats if chat]
+        groups = group_images(
+            images,
+            len(questions),
+            single=isinstance(text, str),
+            places=places if len(places) == len(questions) else None,
+        )
         prompts = [
             encode_prompt(question, self, group, source=f"prompt {n}")
-            for n, (question, group) in enumerate(zip(questions, groups, strict=True))
+            if chat is None
+            else encode_chat(chat.turns, self, group, system=chat.system, source=f"prompt {n}")  # pyright: ignore
+            for n, (question, chat, group) in enumerate(zip(questions, chats, groups, strict=True))
         ]
         return self._batch(prompts, padding, return_tensors, return_position_ids)
 
@@ -220,40 +247,42 @@ class VReflectionProcessor(ProcessorMixin):
         tokenize: bool = False,
         return_dict: bool = False,
         return_tensors: Literal["pt"] | None = "pt",
-        padding: Literal["left", "right", "longest", True] = "left",
+        padding: Padding = "left",
         processor_kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """A conversation, or a batch of them, as the model is prompted with it; the template is that of training.
 
         Args:
             conversation: messages `{"role": …, "content": text or parts}`; parts are `{"type": "text", "text": …}` and
-                `{"type": "image", "image": …}` (PIL, path, bytes), or `url`.
-            add_generation_prompt, continue_final_message: one of them: the model begins an answer, or goes on with the
-                last message.
+                `{"type": "image", "image": …}` (PIL, path, bytes, pixels), or `url`; for text alone also
+                `{"type": "image"}`.
+            add_generation_prompt, continue_final_message: the model begins an answer, or goes on with the last
+                message. One of them with `tokenize`; neither gives the text of the complete messages.
             processor_kwargs: further arguments, `padding` and `return_tensors`.
 
         Returns:
-            text; with `tokenize` the ids `(B, L)`, and with `return_dict` as well all that `generate` takes. The text
-            is for reading: `__call__` takes plain questions and refuses special tokens in them.
+            text, which `__call__` takes with the images; with `tokenize` the ids `(B, L)`, and with `return_dict` as
+            well all that `generate` takes.
 
         Raises:
             ValueError: messages of another form. DataError: an unusable image or text.
         """
-        if bool(add_generation_prompt) == bool(continue_final_message):
+        answers = bool(add_generation_prompt) + bool(continue_final_message)
+        if answers == 2 or (tokenize and not answers):
             raise ValueError(
-                "expected one of add_generation_prompt=True and continue_final_message=True: the processor makes "
-                "prompts to answer"
+                f"expected {'only ' if answers else ''}one of add_generation_prompt=True and "
+                "continue_final_message=True: with tokenize the processor makes prompts to answer"
             )
         parts, batched = split_conversations(conversation)
-        chats = [read_conversation(messages) for messages in parts]
-        for chat in chats:
-            if (chat.turns[-1].role if chat.turns else None) != ("assistant" if continue_final_message else "user"):
+        chats = [read_conversation(messages, image_data=tokenize) for messages in parts]
+        for chat in chats if answers else ():
+            if chat.last_role != ("assistant" if continue_final_message else "user"):
                 raise ValueError(
                     "conversation: expected a user message last with add_generation_prompt, an assistant's with "
                     f"continue_final_message, got {[turn.role for turn in chat.turns]}"
                 )
         if not tokenize:
-            texts = ["".join(segment.text for segment in chat_segments(chat.turns, chat.system)) for chat in chats]
+            texts = [chat.text(bool(answers), self.special_tokens) for chat in chats]
             return texts if batched else texts[0]
         prompts = [
             encode_chat(chat.turns, self, chat.images, system=chat.system, source=f"conversation {n}")  # pyright: ignore
@@ -266,26 +295,43 @@ class VReflectionProcessor(ProcessorMixin):
     def _batch(
         self, prompts: list[EncodedSample], padding: Any, return_tensors: Any, return_position_ids: bool = False
     ) -> BatchFeature:
-        if padding not in ("left", "right", "longest", True):
-            raise ValueError(f'padding: expected "left", "right", "longest" or True, got {padding!r}')
+        if padding not in ("left", "right", "longest", True, False):
+            raise ValueError(f'padding: expected "left", "right", "longest", True or False, got {padding!r}')
+        lengths = [len(prompt.input_ids) for prompt in prompts]
+        if padding is False and len(set(lengths)) > 1:
+            raise ValueError(f"padding=False: expected prompts of one length, got {lengths}; use padding=True")
         if return_tensors not in ("pt", None):
             raise ValueError(f'return_tensors: expected "pt", got {return_tensors!r}')
         batch = Collator(self.token_ids.pad, "right" if padding == "right" else "left")(prompts)
         keys = (*_GENERATE_KEYS, "position_ids") if return_position_ids else _GENERATE_KEYS
         return BatchFeature({key: batch[key] for key in keys if key in batch and len(batch[key])})
 
-    def decode(self, ids: Iterable[int] | Tensor, skip_special_tokens: bool = True) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Text of one row of token ids."""
-        values = [int(value) for value in ids]
-        return self.tokenizer.decode(values, skip_special_tokens=skip_special_tokens)
+    def decode(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        ids: Iterable[int] | Tensor,
+        skip_special_tokens: bool = True,
+        clean_up_tokenization_spaces: bool | None = None,
+        **kwargs,
+    ) -> str:
+        """Text of one row of token ids; keywords are those of the tokenizer's `decode`."""
+        return self.tokenizer.decode(
+            [int(value) for value in ids],
+            skip_special_tokens=skip_special_tokens,
+            clean_up_tokenization_spaces=clean_up_tokenization_spaces,
+            **kwargs,
+        )
 
-    def batch_decode(self, ids: Iterable[Iterable[int] | Tensor], skip_special_tokens: bool = True) -> list[str]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Texts of several rows."""
-        return [self.decode(row, skip_special_tokens) for row in ids]
+    def batch_decode(
+        self, ids: Iterable[Iterable[int] | Tensor], skip_special_tokens: bool = True, **kwargs
+    ) -> list[str]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Texts of several rows; keywords as `decode`."""
+        return [self.decode(row, skip_special_tokens, **kwargs) for row in ids]
 
-    def post_process_image_text_to_text(self, generated_outputs, skip_special_tokens: bool = True) -> list[str]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """`batch_decode` under the name that the host library's pipeline calls."""
-        return self.batch_decode(generated_outputs, skip_special_tokens)
+    def post_process_image_text_to_text(
+        self, generated_outputs, skip_special_tokens: bool = True, **kwargs
+    ) -> list[str]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """`batch_decode` under the name that the host library's pipelines call."""
+        return self.batch_decode(generated_outputs, skip_special_tokens, **kwargs)
 
 
 def load_tokenizer(path: str | Path, **hub) -> Any:
@@ -315,26 +361,6 @@ def add_latent_tokens(tokenizer: Any) -> LatentTokenIds:
     """
     _add_latent_tokens(tokenizer)
     return _read_token_ids(tokenizer)
-
-
-def _group_images(images: Any, count: int, single: bool = False) -> list[list[ImageLike]]:
-    """One list of images per question; a `single` question may have its images without a list around them."""
-    plain = (Image.Image, bytes, str, Path)
-    if images is None:
-        return [[] for _ in range(count)]
-    if isinstance(images, plain):
-        images = [images]
-    if single and len(images) != 1 and all(isinstance(image, plain) for image in images):
-        images = [images]
-    if len(images) != count:
-        raise ValueError(
-            f"expected one entry of images per question ({count}), got {len(images)}; "
-            "nest the list for several images per question, use None for a question without"
-        )
-    groups = []
-    for group in images:
-        groups.append([] if group is None else [group] if isinstance(group, plain) else list(group))
-    return groups
 
 
 def _add_latent_tokens(tokenizer: Any) -> None:
