@@ -50,7 +50,7 @@ def test_template_text_is_taken_as_it_is(processor, messages):
     assert equal(batch, expected)
     if images:
         assert len(batch["image_grid_thw"]) == len(images) and equal(processor(images, text), expected)
-        with pytest.raises((DataError, ValueError), match="expected one"):
+        with pytest.raises(ValueError, match="expected one"):
             processor(text=[text], images=[*images, images[0]])
 
 
@@ -78,8 +78,9 @@ def test_template_text_of_another_form_is_refused(processor):
     assert complete + "<|im_start|>assistant\n" == prompt
     form = "prompt 0: expected a plain question, or text of apply_chat_template with add_generation_prompt=True"
     for text in (complete, prompt[prompt.index("<|im_start|>user") :], "<|im_start|>Hi"):
-        with pytest.raises(ValueError, match=form):
+        with pytest.raises(DataError, match=form) as error:
             processor(text=[text])
+        assert error.value.reason == "reserved-token"
     for token in ("<|endoftext|>", "<|lvr|>", "<|vision_start|>", "<|image_pad|>", "<|video_pad|>", "<|im_start|>"):
         with pytest.raises(DataError, match="prompt 0.*got special tokens"):
             processor(text=[prompt.replace("c<", f"c{token}<")])
@@ -125,8 +126,9 @@ def test_pixels_are_images(processor, convert):
     ],
 )  # fmt: skip
 def test_what_is_no_image(processor, image, message):
-    with pytest.raises(ValueError, match=f"images of prompt 0, 0: .*{message}"):
-        processor([image], ["What?"])
+    for images, questions in ([image], ["What?"]), (image, "What?"):
+        with pytest.raises(DataError, match=f"images of prompt 0, 0: .*{message}"):
+            processor(images, questions)
 
 
 def test_keywords_of_the_host_library(processor, tmp_path):

@@ -78,7 +78,7 @@ def read_template_text(text: str, source: str, special_tokens: Collection[str] =
         special_tokens: of the tokenizer, refused in the texts of the turns like the template's own.
 
     Raises:
-        ValueError: the template makes no such text. DataError: special tokens elsewhere than the template puts them.
+        DataError: `reserved-token` where the template makes no such text, or special tokens stand elsewhere in it.
     """
     turns, end = [], 0
     while match := _TURN.match(text, end):
@@ -96,10 +96,12 @@ def read_template_text(text: str, source: str, special_tokens: Collection[str] =
                 return conversation
         except DataError as error:
             raise DataError(error.reason, str(error), source) from error
-    raise ValueError(
-        f"{source}: expected a plain question, or text of apply_chat_template with add_generation_prompt=True (a "
-        f"system turn first, the header of an answer last), got other text that begins with {TURN_START}: "
-        f"{text[:40]!r} … {text[-40:]!r}"
+    raise DataError(
+        "reserved-token",
+        "expected a plain question, or text of apply_chat_template with add_generation_prompt=True (a system turn "
+        f"first, the header of an answer last), got special tokens in other text that begins with {TURN_START}: "
+        f"{text[:40]!r} … {text[-40:]!r}",
+        source,
     )
 
 

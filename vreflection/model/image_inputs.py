@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+
+from ..errors import DataError
 
 # An image, its file, the bytes of one, or its pixels.
 ImageLike = Image.Image | bytes | str | Path | np.ndarray | torch.Tensor
@@ -24,26 +26,32 @@ def readable_image(image: Any, name: str) -> Image.Image | bytes | str | Path:
         name: used in error messages.
 
     Raises:
-        ValueError: another type, shape or dtype, or a URL.
+        DataError: `not-an-image` for another type, shape or dtype, `image-missing` for a URL.
     """
     if isinstance(image, str) and image.startswith(REMOTE):
-        raise ValueError(
-            f"{name}: expected an image or its file, got the URL {image[:60]!r}; images by URL are not fetched here, "
-            "load the image first"
+        raise DataError(
+            "image-missing",
+            f"expected an image or its file, got the URL {image[:60]!r}; images by URL are not fetched here, "
+            "load the image first",
+            name,
         )
     if isinstance(image, (Image.Image, bytes, str, Path)):
         return image
     if not isinstance(image, (np.ndarray, torch.Tensor)):
-        raise ValueError(
-            f"{name}: expected a PIL image, a path, bytes, or an array of pixels, got {type(image).__name__}"
+        raise DataError(
+            "not-an-image",
+            f"expected a PIL image, a path, bytes, or an array of pixels, got {type(image).__name__}; open it first",
+            name,
         )
     pixels: Any = image
     shape, dtype = tuple(pixels.shape), pixels.dtype
     last, first = (len(shape) == 3 and shape[axis] == 3 for axis in (2, 0))
     if not (last or first) or dtype not in (np.uint8, torch.uint8):
-        raise ValueError(
-            f"{name}: expected pixels (H, W, 3) or (3, H, W) uint8, got {shape} {dtype}; scale them to 0…255 and "
-            "convert them, or pass a PIL image"
+        raise DataError(
+            "not-an-image",
+            f"expected pixels (H, W, 3) or (3, H, W) uint8, got {shape} {dtype}; scale them to 0…255 and convert them, "
+            "or pass a PIL image",
+            name,
         )
     array = pixels.detach().cpu().numpy() if isinstance(pixels, torch.Tensor) else pixels
     return Image.fromarray(np.ascontiguousarray(array if last else array.transpose(1, 2, 0)))
@@ -61,12 +69,13 @@ def group_images(
         places: how many images each question shows, where its text says so: a plain list is dealt out by these.
 
     Raises:
-        ValueError: the entries do not match the questions, or something is no image.
+        ValueError: the entries do not match the questions. DataError: something is no image.
     """
     if images is None:
         return [[] for _ in range(count)]
-    if _is_image(images):
+    if _is_image(images) or not isinstance(images, Iterable):
         images = [images]
+    images = list(images)
     flat = all(_is_image(image) for image in images)
     if single and len(images) != 1 and flat:
         images = [images]
@@ -80,7 +89,7 @@ def group_images(
         )
     groups = []
     for n, entry in enumerate(images):
-        group = [] if entry is None else list(entry) if isinstance(entry, (list, tuple)) else [entry]
+        group = [] if entry is None else [entry] if _is_image(entry) or not isinstance(entry, Iterable) else list(entry)
         groups.append([readable_image(image, f"images of prompt {n}, {i}") for i, image in enumerate(group)])
     return groups
 
