@@ -351,7 +351,12 @@ MAIN_LINES = (
     ("Answer only, hops one by one", "curricula", "sft_curriculum_x3", "s6"),
     ("Filler, hops one by one", "curricula", "filler_curriculum_x3", "s7"),
 )
-DEPTHS = {2: ("layers_2", "layers_2"), 4: ("main", "fairest"), 8: ("layers_8", "layers_8")}
+# Per number of layers (group, arm) with feedback and without.
+DEPTHS = {
+    2: (("layers_2", "stage1"), ("layers_2", "filler_aligned_x3")),
+    4: (("main", "stage1"), ("fairest", "filler_aligned_x3")),
+    8: (("layers_8", "stage1"), ("layers_8", "filler_aligned")),
+}
 FIGURES = ("accuracy-over-hops", "steps-per-hop", "depth-*")
 STEP_LINES = (
     ("With feedback", "main", "stage1", "s0"),
@@ -384,8 +389,8 @@ def published(rows: Sequence[Mapping[str, Any]], created: str, command: str) -> 
     depth = []
     for layers, (with_feedback, without) in DEPTHS.items():
         series = [
-            line("With feedback", with_feedback, "stage1", "s0"),
-            line("Without feedback", without, "filler_aligned_x3", "s1"),
+            line("With feedback", *with_feedback, "s0"),
+            line("Without feedback", *without, "s1"),
         ]
         if all(series):
             depth.append({"title": f"{layers} layers", "layers": layers, "series": series})
