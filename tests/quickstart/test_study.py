@@ -266,3 +266,11 @@ def test_docs_and_report_say_what_the_raw_rows_say():
     assert accuracy_table(summarize(rows)) in page
     figure = (RESULTS.parents[3] / "docs" / "images" / "accuracy-over-hops.svg").read_text(encoding="utf-8")
     assert all(line["label"] in figure for line in shown["arms"])
+
+
+def test_the_quickstarts_page_says_what_its_five_seeds_say():
+    rows = [json.loads(line) for line in (RESULTS / "quickstart_seeds.jsonl").read_text().splitlines()]
+    assert {row["seed"] for row in rows} == set(range(5))
+    page = (RESULTS.parents[3] / "docs" / "quickstart.md").read_text(encoding="utf-8")
+    table = accuracy_table(summarize(rows))
+    assert table.strip() in page and table in (RESULTS / "quickstart_seeds.md").read_text(encoding="utf-8")
