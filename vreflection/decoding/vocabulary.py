@@ -25,8 +25,8 @@ class VocabularyRows:
         frequency_penalty, presence_penalty: `(B,)` float32, taken off per occurrence, and once.
         min_new_tokens: `(B,)` int64; before that many counted tokens no end-of-sequence id is picked.
         allowed: `(B, W)` int32, bit v % 32 of word v // 32 is set where token v may be picked.
-        only_if_best: `(B,)` int64, a token that may be picked only where no other, allowed or not, scores higher; -1 for
-            none.
+        only_if_best: `(B,)` int64, a token that may be picked only where no other, allowed or not, scores higher, or
+            -1.
     """
 
     bias: torch.Tensor
