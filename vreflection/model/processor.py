@@ -42,7 +42,7 @@ _GENERATE_KEYS = ("input_ids", "attention_mask", "mm_token_type_ids", "pixel_val
 _HUB_ARGUMENTS = {"cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder"}
 _FOR_OTHERS = {
     "_from_auto", "_from_pipeline", "_commit_hash", "trust_remote_code", "use_fast", "dtype", "torch_dtype",
-    "device_map", "attn_implementation", "quantization_config",
+    "device_map", "attn_implementation", "quantization_config", "code_revision",
 }  # fmt: skip
 
 
