@@ -41,7 +41,9 @@ def whole_response(connection):
     """A response whose body is a JSON object, however it is cut into packets."""
     received = b""
     while not received.endswith(b"}"):
-        received += connection.recv(65536)
+        part = connection.recv(65536)
+        assert part, f"closed after {received!r}"
+        received += part
     return received.decode()
 
 

@@ -25,6 +25,7 @@ from ..decoding import (
     read_emission,
 )
 from ..decoding.tiers import choose_tier
+from ..decoding.vocabulary import WORD
 from ..errors import ConfigError
 from .cache import KVCache
 from .choice import choose_step
@@ -142,7 +143,11 @@ class Batch:
             return None
         rules, config = self.rules, self.model.config
         state = GrammarState(
-            request.grammar, self.vocabulary, rules.lvr_start_id, config.lvr_end_id, bool(request.latent_steps)
+            request.grammar,
+            -(-self.vocabulary // WORD),
+            rules.lvr_start_id,
+            config.lvr_end_id,
+            bool(request.latent_steps),
         )
         if request.latent_steps and int(request.prompt.input_ids[-1]) == rules.lvr_start_id:
             state.take(rules.lvr_start_id)

@@ -30,6 +30,7 @@ class Grammar:
 
     source: str
     tokenizer: LLTokenizer
+    ordinary: torch.Tensor  # (W,) int32, the bits of tokens that are not special
 
 
 class Grammars:
@@ -53,6 +54,10 @@ class Grammars:
             self.tokenizer = hf.from_tokenizer(tokenizer, n_vocab=vocabulary, eos_token=list(eos_token_ids))
         except (ValueError, RuntimeError) as error:
             raise ConfigError(f"grammar: expected a byte-level fast tokenizer, got one that fails: {error}") from None
+        # Once for all answers: it asks about every token.
+        self.ordinary = torch.full((-(-vocabulary // WORD),), -1, dtype=torch.int32)
+        for token in filter(self.tokenizer.is_special_token, range(self.tokenizer.vocab_size)):
+            clear_bit(self.ordinary, token)
 
     def json_object(self) -> Grammar:
         """Any JSON object, on one line."""
@@ -97,25 +102,22 @@ class Grammars:
             raise ConfigError(
                 f"grammar: expected one that an answer can follow, got: {first_line(matcher.get_error())}"
             )
-        return Grammar(source, self.tokenizer)
+        return Grammar(source, self.tokenizer, self.ordinary)
 
 
 class GrammarState:
     """Where one answer stands in its grammar.
 
     Args:
-        vocabulary: rows of the vocabulary projection.
+        words: of 32 bits, that hold one for every row of the vocabulary projection.
         lvr_start_id, lvr_end_id: open and close a span. may_open_spans: before the grammar's first token.
     """
 
-    def __init__(self, grammar: Grammar, vocabulary: int, lvr_start_id: int, lvr_end_id: int, may_open_spans: bool):
+    def __init__(self, grammar: Grammar, words: int, lvr_start_id: int, lvr_end_id: int, may_open_spans: bool):
         from llguidance import LLMatcher
 
         self.matcher = LLMatcher(grammar.tokenizer, grammar.source)
-        self.words = -(-vocabulary // WORD)
-        self.ordinary = torch.full((self.words,), -1, dtype=torch.int32)
-        for token in filter(grammar.tokenizer.is_special_token, range(grammar.tokenizer.vocab_size)):
-            clear_bit(self.ordinary, token)
+        self.words, self.ordinary = words, grammar.ordinary
         self.lvr_start_id, self.lvr_end_id, self.may_open_spans = lvr_start_id, lvr_end_id, may_open_spans
         self.begun = self.in_span = False
 
@@ -150,7 +152,9 @@ class GrammarState:
         raw.extend(bytes(max(4 * self.words - len(raw), 0)))
         words = torch.frombuffer(raw, dtype=torch.int32)[: self.words].clone()
         if not self.matcher.is_accepting() and not self.matcher.is_stopped():
-            words &= self.ordinary  # literals that spell a special token would become it, and end the answer
+            words[: len(self.ordinary)] &= (
+                self.ordinary
+            )  # literals that spell a special token would become it, and end the answer
         if not bool(words.any()):
             raise ConfigError("grammar: no ordinary token of this tokenizer can go on; can it spell the grammar's "
                               "characters, and are there special tokens among its texts?")  # fmt: skip

@@ -12,7 +12,7 @@ from pydantic import Field
 from .answer_request import AnswerRequest, read_format
 from .conversation import read_messages
 from .errors import bad
-from .interfaces import Event, Interface, heading, interleaved, whole_text
+from .interfaces import Event, Interface, heading, in_chunks, whole_text
 from .jobs import Choice, Job, LatentStep, SpanEnd, TextPiece, usage
 from .schema import MAX_TOP_LOGPROBS, GenerationFields, Integer, read_fields
 from .service import AnswerService
@@ -85,14 +85,9 @@ class Chat(Interface):
         choices = await asyncio.gather(*(one(choice) for choice in job.choices))
         return {**heading(service, job, "chatcmpl", "chat.completion"), "choices": choices, "usage": usage(job)}
 
-    async def events(self, service: AnswerService, job: Job) -> AsyncIterator[Event]:
+    def events(self, service: AnswerService, job: Job) -> AsyncIterator[Event]:
         head = heading(service, job, "chatcmpl", "chat.completion.chunk")
-        if self.request.fields.include_usage:
-            head["usage"] = None
-        async for choice in interleaved([self.chunks(service, job, choice) for choice in job.choices]):
-            yield {**head, "choices": [choice]}
-        if self.request.fields.include_usage:
-            yield {**head, "choices": [], "usage": usage(job)}
+        return in_chunks(head, job, [self.chunks(service, job, choice) for choice in job.choices])
 
     async def chunks(self, service: AnswerService, job: Job, choice: Choice) -> AsyncIterator[Event]:
         """One choice's part of each chunk."""

@@ -11,7 +11,7 @@ from pydantic import Field
 from .answer_request import AnswerRequest, read_format
 from .conversation import kind_of
 from .errors import bad
-from .interfaces import Event, Interface, heading, interleaved, whole_text
+from .interfaces import Event, Interface, heading, in_chunks, whole_text
 from .jobs import Choice, Job, TextPiece, usage
 from .schema import GenerationFields, Integer, integral, read_fields
 from .service import AnswerService
@@ -52,14 +52,9 @@ class Completion(Interface):
         choices = await asyncio.gather(*(one(choice) for choice in job.choices))
         return {**heading(service, job, "cmpl", "text_completion"), "choices": choices, "usage": usage(job)}
 
-    async def events(self, service: AnswerService, job: Job) -> AsyncIterator[Event]:
+    def events(self, service: AnswerService, job: Job) -> AsyncIterator[Event]:
         head = heading(service, job, "cmpl", "text_completion")
-        if self.request.fields.include_usage:
-            head["usage"] = None
-        async for choice in interleaved([self.chunks(service, job, choice) for choice in job.choices]):
-            yield {**head, "choices": [choice]}
-        if self.request.fields.include_usage:
-            yield {**head, "choices": [], "usage": usage(job)}
+        return in_chunks(head, job, [self.chunks(service, job, choice) for choice in job.choices])
 
     async def chunks(self, service: AnswerService, job: Job, choice: Choice) -> AsyncIterator[Event]:
         """One choice's part of each chunk."""

@@ -11,7 +11,7 @@ from typing import Any
 from .._version import __version__
 from .answer_request import AnswerRequest
 from .errors import ApiError
-from .jobs import Choice, Job, TextPiece
+from .jobs import Choice, Job, TextPiece, usage
 from .service import AnswerService
 
 Event = dict[str, Any]
@@ -91,6 +91,20 @@ async def interleaved(streams: Sequence[AsyncIterator[Event]]) -> AsyncIterator[
     finally:
         for task in tasks:
             task.cancel()
+
+
+async def in_chunks(head: Event, job: Job, streams: Sequence[AsyncIterator[Event]]) -> AsyncIterator[Event]:
+    """Chunks with one choice each, and with the usage at the end where the request includes it.
+
+    Args:
+        head: of every chunk. streams: each choice's part of its chunks.
+    """
+    with_usage = job.request.fields.include_usage
+    head = {**head, "usage": None} if with_usage else head
+    async for choice in interleaved(streams):
+        yield {**head, "choices": [choice]}
+    if with_usage:
+        yield {**head, "choices": [], "usage": usage(job)}
 
 
 def heading(service: AnswerService, job: Job, prefix: str, kind: str) -> dict[str, Any]:
