@@ -299,8 +299,13 @@ def test_other_addresses_and_their_warning():
 
 
 def test_ports_are_taken_before_anything_is_loaded():
-    with bind("127.0.0.1", 0) as listener, pytest.raises(ConfigError, match="is in use; choose another with --port"):
-        bind("127.0.0.1", listener.getsockname()[1])
+    with bind("127.0.0.1", 0) as listener:
+        address = listener.getsockname()
+        with pytest.raises(ConnectionRefusedError):  # and not kept waiting while a model is loaded
+            socket.create_connection(address, timeout=5)
+        listener.listen()
+        with pytest.raises(ConfigError, match="is in use; choose another with --port"):
+            bind(*address)
     with pytest.raises(ConfigError, match="host: expected an address of this machine, got '192.0.2.7'"):
         bind("192.0.2.7", 0)
     with pytest.raises(ConfigError, match="host: expected an address of this machine"):

@@ -149,7 +149,7 @@ _MMVP = tuple(
         r"^([ab])",
     )
 )
-_VSTAR = tuple(
+VSTAR = tuple(
     re.compile(pattern)
     for pattern in (
         r"^([A-D])",  # also the first letter of a word
@@ -170,7 +170,7 @@ def mmvp_letter(text: str) -> str | None:
 
 def _vstar(text: str) -> str | None:
     text = text.strip().upper()
-    match = next(filter(None, (pattern.search(text) for pattern in _VSTAR)), None)
+    match = next(filter(None, (pattern.search(text) for pattern in VSTAR)), None)
     if match:
         return match[1]
     letters = re.findall("[A-D]", text)

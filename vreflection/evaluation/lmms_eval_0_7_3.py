@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
-from .harness_rules import matched_option, mmvp_letter, option_text_in, realworld_letter, without_special_tokens
+from .harness_rules import VSTAR, matched_option, mmvp_letter, option_text_in, realworld_letter, without_special_tokens
 from .records import LETTERS
 
 # Values of the command's `--reasoning_tags`.
@@ -83,21 +83,9 @@ def _blink(text: str, options: Sequence[str]) -> str | None:
     return letter[1].upper() if letter else None
 
 
-_VSTAR = tuple(
-    re.compile(pattern, re.IGNORECASE)
-    for pattern in (
-        r"^([A-D])",  # also the first letter of a word
-        r"(?:ANSWER|CHOICE|OPTION)(?:\s+IS)?[\s:]+([A-D])",
-        r"\(([A-D])\)",
-        r"([A-D])\s*[.)\]]",
-        r"(?:^|\s)([A-D])(?:\s|$)",
-    )
-)
-
-
 def _vstar(text: str, options: Sequence[str]) -> str | None:
     text = text.upper()
-    letter = next(filter(None, (pattern.search(text) for pattern in _VSTAR)), None)
+    letter = next(filter(None, (pattern.search(text) for pattern in VSTAR)), None)
     if letter:
         return letter[1].upper()
     letters = re.findall("[A-D]", text)

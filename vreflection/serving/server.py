@@ -22,7 +22,7 @@ LEAVE = 5.0  # seconds for connections to close after the last answer
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that listens once the server runs; taken before a model is loaded.
+    """A socket, taken before a model is loaded. It listens once the server runs; until then clients are refused.
 
     Raises:
         ConfigError: no such address on this machine, or a port that is in use or not allowed.
@@ -36,7 +36,6 @@ def bind(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind(address)
-        listener.listen(128)
     except OSError as error:
         listener.close()
         if error.errno == errno.EADDRINUSE:
